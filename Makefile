@@ -1,0 +1,44 @@
+# make run | test | check | bench: on a fresh machine with Python 3.11 or newer each installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+# Processes that test; each uses one torch thread, so that they do not fight for the cores.
+JOBS ?= 2
+
+.PHONY: run test test-fast lint fix check regression bench clean
+
+run: .venv/installed
+	$(BIN)/mechgrok run modular-addition
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not long"
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
+
+# The project's own regression check: the quick preset against the committed baseline.
+regression: .venv/installed
+	$(BIN)/mechgrok run modular-addition-quick --out runs/regression
+	$(BIN)/mechgrok check runs/regression --against tests/baseline.json
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.main_job
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechgrok needs Python 3.11 or newer; pass PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

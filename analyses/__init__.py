@@ -1,0 +1,19 @@
+"""Analyses of a study, each tied to its stages: `analyses.run("fourier", study)`.
+
+An analysis is a plain module with NAME, TASKS, `measure`, `conclude` and `plot` (and `prepare`, where
+something is fixed from the final model). To add one, write it and name it in `REGISTRY`.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mechgrok.types import Report, Study
+
+REGISTRY = ("grokking", "fourier", "ablation")
+
+
+def run(name: str, study: "Study") -> "Report":
+    """See `analyses.contract.run`."""
+    from analyses import contract  # it imports TransformerLens, which takes seconds
+
+    return contract.run(name, study)

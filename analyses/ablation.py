@@ -1,0 +1,90 @@
+"""Which heads carry the answer, and from which stage on: zero, mean and resample ablation of each."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from transformer_lens import HookedTransformer
+
+from analyses.contract import Series, claim, strongest
+from mechgrok import plotting
+from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
+from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
+
+NAME = "ablation"
+TASKS = ("modular-addition",)
+
+
+def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
+    """The names of the heads, in the order of the head axis."""
+    cfg = model.cfg
+    return {"heads": [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]}
+
+
+def measure(
+    model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """{"<kind>_train", "<kind>_test": increase of the mean loss, nats, [head]} for each kind."""
+    everything, n_train = split.train + split.test, len(split.train)
+    series = {}
+    for kind in ABLATION_KINDS:
+        increase = head_ablations(model, everything, kind, rng).numpy()
+        series[f"{kind}_train"] = increase[:, :n_train].mean(1)
+        series[f"{kind}_test"] = increase[:, n_train:].mean(1)
+    return series
+
+
+def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
+    """Do the heads come to carry the answer, do the kinds of ablation agree, and does the wrLLC?"""
+    rising, falling = strongest(stages, "rising"), strongest(stages, "falling")
+
+    def every_head_gains(stage: Stage) -> float:
+        return float(min(heads_at(series, "zero_train", stage.end) - heads_at(series, "zero_train", stage.start)))
+
+    def kinds_agree(stage: Stage) -> float:
+        effects = [heads_at(series, f"{kind}_train", stage.end) for kind in ABLATION_KINDS]
+        return min(float(spearmanr(a, b).statistic) for a, b in combinations(effects, 2))
+
+    def llc_agrees(stage: Stage) -> float:
+        heads = [name for name in curve.components if name.startswith("L") and "H" in name]
+        if len(heads) != series["zero_train"].shape[1]:
+            return float("nan")
+        rows = [curve.row(name) for name in heads]
+        llcs = [np.interp(np.log1p(stage.start), np.log1p(curve.steps), curve.llc[row]) for row in rows]
+        return float(spearmanr(llcs, heads_at(series, "zero_train", stage.start)).statistic)
+
+    return [
+        claim(
+            "every head comes to carry training answers while the LLC rises (least gain of zero-ablation loss, nats)",
+            rising, every_head_gains, 1.0,
+        ),
+        claim(
+            "zero, mean and resample ablation rank the heads alike when the LLC has fallen (least rank correlation)",
+            falling, kinds_agree, 0.8,
+        ),
+        claim(
+            "heads of larger wrLLC cost more to ablate when the LLC peaks (rank correlation over heads)",
+            falling, llc_agrees, 0.8,
+        ),
+    ]  # fmt: skip
+
+
+def heads_at(series: Series, name: str, step: float) -> np.ndarray:
+    """A [checkpoint, head] series at a step, linear in log(1 + step): [head]."""
+    x = np.log1p(series["step"])
+    return np.array([np.interp(np.log1p(step), x, head) for head in series[name].T])
+
+
+def plot(report: Report, study: Study) -> dict[str, Figure]:
+    """The figures of the report."""
+    fig, axes = plotting.panels(len(ABLATION_KINDS))
+    for ax, kind in zip(axes, ABLATION_KINDS, strict=True):
+        for index, head in enumerate(report.facts["heads"]):
+            ax.plot(report.steps, report.series[f"{kind}_train"][:, index], label=head)
+        plotting.developmental_axis(ax, study.stages, f"{kind} ablation: increase of train loss (nats)")
+    axes[0].legend(frameon=False, fontsize=8)
+    return {"Ablation of single heads": fig}

@@ -1,0 +1,152 @@
+"""What an analysis is, and `run`: the one loop over checkpoints, and the chance level of every claim."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformer_lens import HookedTransformer
+
+from mechgrok import seeds
+from mechgrok.errors import AnalysisError
+from mechgrok.stages import place_stages, smooth
+from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study
+
+Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
+Relation = Literal[">=", "<="]
+
+
+class Analysis(Protocol):
+    """The parts of an analysis module."""
+
+    NAME: str
+    TASKS: tuple[str, ...]
+
+    def measure(
+        self, model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]
+    ) -> Mapping[str, np.ndarray | float]:
+        """The numbers of one checkpoint. It knows no step and no stage."""
+        ...
+
+    def conclude(self, series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
+        """The same claims in the same order for any stages, so that random ones can score them."""
+        ...
+
+    def plot(self, report: Report, study: Study) -> dict[str, Figure]:
+        """Titled figures with the stages shaded."""
+        ...
+
+
+def load(name: str) -> Analysis:
+    """The analysis module of that name. Raises AnalysisError for an unknown one."""
+    from analyses import REGISTRY
+
+    if name not in REGISTRY:
+        raise AnalysisError(f"unknown analysis {name!r}; analyses are {', '.join(REGISTRY)}")
+    return cast(Analysis, importlib.import_module(f"analyses.{name}"))
+
+
+def run(name: str, study: Study) -> Report:
+    """Measure every checkpoint, conclude, and score each claim against randomly placed stages.
+
+    The null keeps the number of stages and draws their boundaries uniformly on log(1 + step),
+    `study.config.analyses.n_null` times. A claim's `null_quantile` is the share of placements
+    whose value is less in its favour, ties counted half, NaN as least in favour.
+
+    Raises:
+        AnalysisError: an unknown analysis, or one that does not apply to the study's task.
+    """
+    analysis = load(name)
+    task = study.config.task.name
+    if task not in analysis.TASKS:
+        raise AnalysisError(f"analysis {name!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
+    final = study.trajectory.model_at(study.trajectory.steps[-1])
+    prepare = getattr(analysis, "prepare", None)
+    facts: dict[str, Any] = prepare(final, study.split) if prepare else {}
+    rows = [
+        analysis.measure(model, study.split, seeds.stream(study.config.seed, "analysis", name, step), facts)
+        for step, model in study.trajectory
+    ]
+    steps = np.array(study.trajectory.steps)
+    series = {key: np.array([np.asarray(row[key]) for row in rows]) for key in rows[0]}
+    claims = score(analysis, {"step": steps, **series}, study)
+    return Report(name, steps, series, claims, facts)
+
+
+def score(analysis: Analysis, series: Series, study: Study) -> tuple[Claim, ...]:
+    """The claims of the study's own stages, each with its null quantile."""
+    claims = analysis.conclude(series, study.stages, study.curve)
+    if not study.stages:
+        return tuple(claims)  # no boundaries, so there is nothing to place at random
+    fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
+    rng = np.random.default_rng(seeds.derive(study.config.seed, "null", analysis.NAME))
+    nulls = []
+    for _ in range(study.config.analyses.n_null):
+        places = np.sort(rng.uniform(fit.x[0], fit.x[-1], len(study.stages) - 1))
+        stages = place_stages(study.curve, fit, [float(step) for step in np.expm1(places)])
+        nulls.append([claim.value for claim in analysis.conclude(series, stages, study.curve)])
+    columns = np.array(nulls).T
+    return tuple(
+        replace(claim, null_quantile=_quantile(claim, null)) for claim, null in zip(claims, columns, strict=True)
+    )
+
+
+def _quantile(claim: Claim, null: np.ndarray) -> float:
+    sign = 1.0 if claim.relation == ">=" else -1.0
+    value, others = (np.nan_to_num(sign * np.asarray(x), nan=-np.inf) for x in (claim.value, null))
+    return float(np.mean(others < value) + 0.5 * np.mean(others == value))
+
+
+# ---- for `conclude`
+
+
+def strongest(stages: Sequence[Stage], direction: Direction) -> Stage | None:
+    """The stage in which the LLC moves most in that direction, None if it moves so in none."""
+    moving = [stage for stage in stages if stage.direction == direction]
+    return max(moving, key=lambda stage: abs(stage.delta_llc), default=None)
+
+
+def claim(
+    text: str, stage: Stage | None, value: Callable[[Stage], float], threshold: float, relation: Relation = ">="
+) -> Claim:
+    """A claim about a stage; where there is no such stage its value is NaN, and it does not hold."""
+    if stage is None:
+        return Claim(text, "none", float("nan"), threshold, relation)
+    return Claim(text, stage.name, float(value(stage)), threshold, relation)
+
+
+def at(series: Series, name: str, step: float) -> float:
+    """A scalar series at a step, linear in log(1 + step) between checkpoints."""
+    return float(np.interp(np.log1p(step), np.log1p(series["step"]), series[name]))
+
+
+def change(series: Series, name: str, stage: Stage) -> float:
+    """By how much a scalar series grows over a stage."""
+    return at(series, name, stage.end) - at(series, name, stage.start)
+
+
+def excess_change(series: Series, name: str, stage: Stage, stages: Sequence[Stage]) -> float:
+    """Growth of a scalar series over a stage less the most it grows over any other: is it *this* stage's?"""
+    others = (change(series, name, other) for other in stages if other is not stage)
+    return change(series, name, stage) - max(others, default=0.0)
+
+
+def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> float:
+    """Mean of a scalar series over a stage, uniform in log(1 + step)."""
+    points = np.linspace(np.log1p(stage.start), np.log1p(stage.end), n_points)
+    return float(np.interp(points, np.log1p(series["step"]), series[name]).mean())
+
+
+def llc_z(curve: LLCCurve, stage: Stage, component: str = "model") -> float:
+    """Change of a component's LLC over a stage in units of its standard error, from healthy points."""
+    row = curve.row(component)
+    usable = curve.healthy[row] & np.isfinite(curve.llc[row])
+    if not usable.any():
+        return float("nan")
+    x, ends = np.log1p(curve.steps[usable]), np.log1p([stage.start, stage.end])
+    start, end = np.interp(ends, x, curve.llc[row][usable])
+    errors = np.interp(ends, x, curve.std_error[row][usable])
+    return float((end - start) / np.hypot(*errors)) if np.any(errors > 0) else float("nan")

@@ -1,0 +1,100 @@
+"""Does the LLC's hump tell memorization from generalization? Landmarks of the loss stand beside the stages.
+
+Landmarks (for comparison only, no stage is made from them): memorized, the first checkpoint with
+train accuracy >= .99; generalized, the first from which test accuracy stays >= .99.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformer_lens import HookedTransformer
+
+from analyses.contract import Series, at, claim, excess_change, llc_z, strongest
+from mechgrok import plotting
+from mechgrok.model import evaluate
+from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
+
+NAME = "grokking"
+TASKS = ("modular-addition",)
+
+SOLVED = 0.99
+
+
+def measure(model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]) -> dict[str, float]:
+    """Loss (nats) and accuracy on both sides of the split."""
+    (train_loss, train_accuracy), (test_loss, test_accuracy) = evaluate(model, split.train), evaluate(model, split.test)
+    return {
+        "train_loss": train_loss,
+        "test_loss": test_loss,
+        "train_accuracy": train_accuracy,
+        "test_accuracy": test_accuracy,
+    }
+
+
+def landmarks(series: Series) -> dict[str, float]:
+    """{"memorized": step, "generalized": step}, NaN where it never comes."""
+    steps = series["step"]
+    memorized = steps[series["train_accuracy"] >= SOLVED]
+    failing = steps[series["test_accuracy"] < SOLVED]
+    generalized = steps[steps > failing[-1]] if len(failing) else steps
+    return {
+        "memorized": float(memorized[0]) if len(memorized) else float("nan"),
+        "generalized": float(generalized[0]) if len(generalized) else float("nan"),
+    }
+
+
+def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
+    """Is there grokking, has the LLC a hump, and which change of accuracy lies in which stage?"""
+    rising, falling = strongest(stages, "rising"), strongest(stages, "falling")
+    marks = landmarks(series)
+    delay = marks["generalized"] - marks["memorized"]
+    at_memorization = at(series, "test_accuracy", marks["memorized"])
+    last = stages[-1] if stages else None
+    hump = falling if rising and falling and rising.start < falling.start else None
+
+    def hump_z(of: LLCCurve) -> float:
+        return min(llc_z(of, rising), -llc_z(of, falling)) if rising and falling else float("nan")
+
+    control = curve.control
+    return [
+        claim(
+            "the final model answers every test pair (test accuracy)",
+            last, lambda s: at(series, "test_accuracy", s.end), 1.0,
+        ),
+        claim("generalization comes later than memorization (steps)", last, lambda s: delay, 150.0),
+        claim(
+            "test accuracy is at chance when the training set is memorized",
+            last, lambda s: at_memorization, 0.05, "<=",
+        ),
+        claim("the LLC rises, then falls (smaller change, in standard errors)", hump, lambda s: hump_z(curve), 5.0),
+        claim(
+            "the same at the control localization (in standard errors)",
+            hump, lambda s: hump_z(control) if control else float("nan"), 5.0,
+        ),
+        claim(
+            "the training set is memorized while the LLC rises (gain of train accuracy beyond that of any other stage)",
+            rising, lambda s: excess_change(series, "train_accuracy", s, stages), 0.5,
+        ),
+        claim(
+            "the rule is found while the LLC falls (gain of test accuracy beyond that of any other stage)",
+            falling, lambda s: excess_change(series, "test_accuracy", s, stages), 0.5,
+        ),
+    ]  # fmt: skip
+
+
+def plot(report: Report, study: Study) -> dict[str, Figure]:
+    """The figures of the report."""
+    series = {"step": report.steps, **report.series}
+    marks = {name: step for name, step in landmarks(series).items() if np.isfinite(step)}
+    fig, (losses, accuracy) = plotting.panels(2)
+    for ax, name, unit in ((losses, "loss", "nats"), (accuracy, "accuracy", "share")):
+        for side in ("train", "test"):
+            ax.plot(report.steps, report.series[f"{side}_{name}"], label=side)
+        plotting.developmental_axis(ax, study.stages, f"{name} ({unit})")
+        plotting.mark_steps(ax, marks)
+        ax.legend(frameon=False)
+    losses.set_yscale("log")
+    return {"Loss and accuracy, with the landmarks of the loss": fig}

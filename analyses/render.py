@@ -1,0 +1,235 @@
+"""A study and its reports as one self-contained HTML page, as Markdown, and as JSON."""
+
+import base64
+import html
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from analyses import contract, grokking
+from mechgrok import plotting
+from mechgrok.stages import smooth
+from mechgrok.types import Claim, Report, Stage, Study
+
+PACKAGES = (
+    "mechgrok",
+    "torch",
+    "transformer-lens",
+    "numpy",
+    "scikit-learn",
+    "arviz-stats",
+    "safetensors",
+    "circuitsvis",
+)
+
+
+def provenance(study: Study) -> dict[str, str]:
+    """Versions, seed and config digest: what a reader needs to make the same numbers."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "seed": str(study.config.seed),
+        "config SHA-256": study.config.digest(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **versions,
+    }
+
+
+def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
+    """Everything in the report as plain JSON values; numbers that are not finite become null."""
+    curves = {"main": study.curve} | ({"control": study.curve.control} if study.curve.control else {})
+    return _plain(
+        {
+            "name": study.config.name,
+            "provenance": provenance(study),
+            "config": study.config.model_dump(mode="json"),
+            "stages": [vars(stage) for stage in study.stages],
+            "curves": {
+                name: {key: getattr(curve, key) for key in ("steps", "components", "llc", "std_error", "healthy")}
+                for name, curve in curves.items()
+            },
+            "reports": {
+                report.analysis: {
+                    "claims": [{**vars(claim), "holds": claim.holds} for claim in report.claims],
+                    "facts": report.facts,
+                    "steps": report.steps,
+                    "series": report.series,
+                }
+                for report in reports
+            },
+        }
+    )
+
+
+def to_markdown(study: Study, reports: Sequence[Report]) -> str:
+    """Stage table and claim tables, for a terminal, an issue or a diff."""
+    lines = [f"# {study.config.name}", "", summary(study), "", "## Stages of the LLC", ""]
+    keys = ("name", "direction", "start", "end", "interval", "delta_llc", "delta_loss")
+    titles = ("stage", "LLC", "from step", "to step", "end, 95 % interval", "change of LLC", "change of train loss")
+    lines += _table(titles, [[row[key] for key in keys] for row in map(stage_row, study.stages)])
+    lines += ["", health_note(study)]
+    marks = landmark_row(reports)
+    if marks:
+        lines += ["", "Landmarks of the loss, for comparison: " + ", ".join(f"{k} {v}" for k, v in marks.items()) + "."]
+    for report in reports:
+        lines += ["", f"## {report.analysis}", ""]
+        columns = ("claim", "stage", "value", "threshold", "holds", "better than random stages")
+        lines += _table(columns, [list(claim_row(claim).values()) for claim in report.claims])
+    return "\n".join(lines) + "\n"
+
+
+def to_html(study: Study, reports: Sequence[Report]) -> str:
+    """The report as one file: figures inlined as SVG, circuitsvis' script once, every text escaped."""
+    fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
+    llc_figures = {
+        "LLC of the whole model, with 95 % intervals; right: the same at the control localization": plotting.llc_figure(
+            study.curve, study.stages, fit.steps, fit.mean, fit.sd
+        ),
+        "Refined LLC of every head": plotting.components_figure(study.curve, study.stages),
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((resources.files("analyses") / "templates/report.html").read_text())
+    return template.render(
+        name=study.config.name,
+        summary=summary(study),
+        stages=[stage_row(stage) for stage in study.stages],
+        health=health_note(study),
+        landmarks=landmark_row(reports),
+        llc_figures=llc_figures,
+        reports=[
+            {
+                "name": report.analysis,
+                "facts": {key: ", ".join(map(str, value)) for key, value in report.facts.items()},
+                "claims": [claim_row(claim) | {"holds": claim.holds} for claim in report.claims],
+                "figures": contract.load(report.analysis).plot(report, study),
+            }
+            for report in reports
+        ],
+        figure=_figures,
+        attention=_attention(study),
+        config=study.config.to_toml(),
+        provenance=provenance(study),
+    )
+
+
+def summary(study: Study) -> str:
+    """Sizes and sampling settings in two sentences."""
+    model = study.trajectory.model_at(study.trajectory.steps[-1])
+    sampling = study.config.llc.sampling
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{n_params:,} parameters, {len(study.split.train):,} training and {len(study.split.test):,} test examples, "
+        f"{len(study.trajectory.steps)} checkpoints to step {study.trajectory.steps[-1]:,}. "
+        f"LLC: {sampling.sampler.upper()}, nbeta {sampling.nbeta:g}, step size {sampling.step_size:g}, "
+        f"localization {sampling.localization:g}, {sampling.n_chains} chains of {sampling.n_draws} draws "
+        f"after {sampling.n_burnin} of burn-in."
+    )
+
+
+def health_note(study: Study) -> str:
+    """How many estimates are healthy, and how many the stages do without."""
+    healthy = study.curve.healthy
+    left_out = int((~healthy[study.curve.row("model")]).sum())
+    return (
+        f"{int(healthy.sum())} of {healthy.size} estimates are healthy; "
+        f"{left_out} of the model's were left out when the stages were found."
+    )
+
+
+def stage_row(stage: Stage) -> dict[str, str]:
+    """The cells of a stage in a table."""
+    interval = "end of run" if stage.end_interval is None else "{:.0f} – {:.0f}".format(*stage.end_interval)
+    return {
+        "name": stage.name,
+        "direction": stage.direction,
+        "start": f"{stage.start:.0f}",
+        "end": f"{stage.end:.0f}",
+        "interval": interval,
+        "delta_llc": f"{stage.delta_llc:+.1f}",
+        "delta_loss": f"{stage.delta_loss:+.3g}" if math.isfinite(stage.delta_loss) else "–",
+    }
+
+
+def claim_row(claim: Claim) -> dict[str, str]:
+    """The cells of a claim in a table."""
+    null = claim.null_quantile
+    return {
+        "text": claim.text,
+        "stage": claim.stage,
+        "value": f"{claim.value:.3g}" if math.isfinite(claim.value) else "–",
+        "threshold": f"{'≥' if claim.relation == '>=' else '≤'} {claim.threshold:.3g}",
+        "holds": "holds" if claim.holds else "does not hold",
+        "null": "–" if null is None else f"{null:.0%}",
+    }
+
+
+def landmark_row(reports: Sequence[Report]) -> dict[str, str]:
+    """The loss's landmarks as text, if the grokking analysis was run."""
+    for report in reports:
+        if report.analysis == grokking.NAME:
+            marks = grokking.landmarks({"step": report.steps, **report.series})
+            return {name: f"{step:.0f}" if math.isfinite(step) else "never" for name, step in marks.items()}
+    return {}
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(titles), line(["---"] * len(titles)), *map(line, rows)]
+
+
+def _figures(figures: Mapping[str, Figure]) -> Markup:
+    parts = []
+    for caption, fig in figures.items():
+        data = base64.b64encode(plotting.to_svg(fig).encode()).decode()
+        text = html.escape(caption)
+        parts.append(
+            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+    return Markup("\n".join(parts))
+
+
+def _attention(study: Study) -> dict[str, Any]:
+    """The final model's attention on the first test example, for circuitsvis' AttentionHeads.
+
+    circuitsvis' own HTML loads its script from the net and puts tokens in as HTML, so the bundled
+    script is inlined once, tokens are escaped, and no "<" is left that could end the script.
+    """
+    import circuitsvis
+    from circuitsvis.utils.convert_props import convert_props
+
+    model = study.trajectory.model_at(study.trajectory.steps[-1])
+    layer = model.cfg.n_layers - 1
+    tokens = study.split.test.tokens[:1]
+    _, cache = model.run_with_cache(tokens, names_filter=f"blocks.{layer}.attn.hook_pattern")
+    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0].detach().numpy()
+    labels = [html.escape(study.split.labels[token]) for token in tokens[0].tolist()]
+    names = [f"L{layer}H{head}" for head in range(model.cfg.n_heads)]
+    props = convert_props({"attention": pattern, "tokens": labels, "attentionHeadNames": names, "maskUpperTri": True})
+    script = (resources.files(circuitsvis) / "dist/cdn/iife.js").read_text().replace("</script>", "")
+    return {
+        "example": " ".join(study.split.labels[token] for token in tokens[0].tolist()),
+        "script": Markup(script),
+        "props": Markup(props.replace("<", "\\u003c")),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of numpy arrays, tuples and floats that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

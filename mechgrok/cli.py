@@ -1,0 +1,241 @@
+"""The command line. Heavy imports live inside the commands, so that --help answers at once."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mechgrok.errors import ConfigError, MechgrokError
+
+if TYPE_CHECKING:
+    from mechgrok.types import Report, Stage, Study
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Piped output is not cut to a terminal's 80 columns.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False)
+
+Source = Annotated[str, typer.Argument(help="A preset, or the path of a .toml file.")]
+Run = Annotated[Path, typer.Argument(help="A run directory, such as runs/modular-addition.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by default runs/<name>.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that sample; by default one for each core.")]
+
+
+@app.callback()
+def _about() -> None:
+    """Interpretability of transformers through training: each finding tied to a stage of the LLC."""
+
+
+@app.command()
+def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
+    """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
+    from mechgrok import pipeline
+
+    with _progress() as progress:
+        study = pipeline.run(source, out_dir, workers, progress)
+        reports = _analyse(study, study.config.analyses.names, progress)
+        path = _write_report(study, reports, out_dir or Path("runs") / study.config.name)
+    _print_stages(study.stages)
+    for report in reports:
+        _print_claims(report)
+    out.print(f"report: {path}", soft_wrap=True)
+
+
+@app.command()
+def train(source: Source, out_dir: Out = None) -> None:
+    """Train the model of a preset and keep its checkpoints."""
+    from mechgrok import pipeline
+
+    with _progress() as progress:
+        trajectory = pipeline.train_only(source, out_dir, progress)
+    table = Table("step", "train loss", "test loss", "train accuracy", "test accuracy")
+    for row in trajectory.metrics:
+        numbers = (row.train_loss, row.test_loss, row.train_accuracy, row.test_accuracy)
+        table.add_row(str(row.step), *(f"{number:.3g}" for number in numbers))
+    out.print(table)
+
+
+@app.command()
+def llc(run_dir: Run, workers: Workers = None) -> None:
+    """Sample the LLC of every component at every checkpoint of a run."""
+    from mechgrok import pipeline
+    from mechgrok.store import RunDirectory
+
+    with _progress() as progress:
+        study = pipeline.run(RunDirectory.open(run_dir).config, run_dir, workers, progress)
+    curve = study.curve
+    table = Table("step", *curve.components)
+    for column, step in enumerate(curve.steps):
+        cells = zip(curve.llc[:, column], curve.std_error[:, column], curve.healthy[:, column], strict=True)
+        table.add_row(str(step), *(f"{value:.2f} ± {error:.2f}{'' if ok else ' !'}" for value, error, ok in cells))
+    out.print(table)
+    for (step, name, config), estimate in pipeline.unhealthy_estimates(run_dir).items():
+        reasons = "; ".join(estimate.health.reasons)
+        out.print(f"! {name} at step {step}, localization {config.localization:g}: {reasons}", soft_wrap=True)
+
+
+@app.command()
+def stages(run_dir: Run) -> None:
+    """Show the developmental stages of a finished run."""
+    with _progress() as progress:
+        study = _load(run_dir, progress)
+    _print_stages(study.stages)
+
+
+@app.command()
+def analyse(
+    run_dir: Run,
+    names: Annotated[list[str] | None, typer.Argument(help="Analyses; by default those of the run's config.")] = None,
+) -> None:
+    """Make analyses of a finished run and show their claims."""
+    with _progress() as progress:
+        study = _load(run_dir, progress)
+        reports = _analyse(study, names or study.config.analyses.names, progress)
+    for report in reports:
+        _print_claims(report)
+
+
+@app.command()
+def report(run_dir: Run) -> None:
+    """Write report.html, report.json and report.md of a finished run."""
+    with _progress() as progress:
+        study = _load(run_dir, progress)
+        path = _write_report(study, _analyse(study, study.config.analyses.names, progress), run_dir)
+    out.print(f"report: {path}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    run_dir: Run,
+    against: Annotated[Path | None, typer.Option(help="The baseline to compare with.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the baseline here.")] = None,
+) -> None:
+    """Regression check: exit 1 if LLCs, stages or claims moved from a baseline beyond their error bars."""
+    from mechgrok import store
+    from mechgrok.regression import baseline_of, compare
+
+    if (against is None) == (write is None):
+        raise ConfigError("give either --against BASELINE to compare or --write BASELINE to make one")
+    with _progress() as progress:
+        study = _load(run_dir, progress)
+        current = baseline_of(study, _analyse(study, study.config.analyses.names, progress))
+    if against is None:
+        store.write_json(cast(Path, write), current)
+        out.print(f"baseline: {write}", soft_wrap=True)
+        return
+    moves = compare(store.read_json(against), current)
+    for move in moves:
+        out.print(f"moved: {move}", soft_wrap=True)
+    out.print(f"{len(moves)} moved" if moves else "nothing moved")
+    raise typer.Exit(1 if moves else 0)
+
+
+@app.command("list")
+def list_(root: Annotated[Path, typer.Option(help="Where the runs lie.")] = Path("runs")) -> None:
+    """List presets, analyses and runs."""
+    from analyses import REGISTRY
+    from mechgrok import store
+    from mechgrok.config import preset_names
+
+    runs = ", ".join(map(str, store.run_directories(root)))
+    out.print(f"presets:  {', '.join(preset_names())}", soft_wrap=True)
+    out.print(f"analyses: {', '.join(REGISTRY)}", soft_wrap=True)
+    out.print(f"runs:     {runs or f'none in {root}'}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a caller's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except MechgrokError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing is lost: the same command goes on from here")
+        sys.exit(130)
+
+
+def _load(run_dir: Path, progress: Callable[[str, int, int], None]) -> "Study":
+    progress("reading the run", 0, 1)
+    from mechgrok import pipeline
+
+    return pipeline.load_study(run_dir)
+
+
+def _analyse(study: "Study", names: Sequence[str], progress: Callable[[str, int, int], None]) -> list["Report"]:
+    import analyses
+    from analyses import contract
+
+    for name in names:
+        contract.load(name)
+    reports = []
+    for done, name in enumerate(names):
+        progress("analysing", done, len(names))
+        reports.append(analyses.run(name, study))
+    progress("analysing", len(names), len(names))
+    return reports
+
+
+def _write_report(study: "Study", reports: Sequence["Report"], run_dir: Path) -> Path:
+    from analyses import render
+    from mechgrok.store import RunDirectory
+
+    directory = RunDirectory.open(run_dir)
+    with directory.locked():
+        directory.write_json("report.json", render.to_json(study, reports))
+        directory.write_text("report.md", render.to_markdown(study, reports))
+        return directory.write_text("report.html", render.to_html(study, reports))
+
+
+def _print_stages(found: "Sequence[Stage]") -> None:
+    from analyses.render import stage_row
+
+    if not found:
+        out.print("no stage: the LLC curve cannot be told from a constant")
+        return
+    titles = ("stage", "LLC", "from", "to", "end, 95 % interval", "change of LLC", "of train loss")
+    table = Table(*titles, title="stages of the LLC", title_justify="left", box=box.SIMPLE)
+    for stage in found:
+        table.add_row(*stage_row(stage).values())
+    out.print(table)
+
+
+def _print_claims(report: "Report") -> None:
+    from analyses.render import claim_row
+
+    table = Table(title=f"claims: {report.analysis}", title_justify="left", box=box.SIMPLE)
+    for title in ("", "stage", "value", "threshold", "vs random"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("claim")
+    for one in report.claims:
+        row = claim_row(one)
+        verdict = f"[{'green' if one.holds else 'red'}]{row['holds']}"
+        table.add_row(verdict, row["stage"], row["value"], row["threshold"], row["null"], row["text"])
+    out.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, total) that draws bars with the time remaining on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+if __name__ == "__main__":
+    main()

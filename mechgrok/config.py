@@ -1,0 +1,240 @@
+"""Every setting of a run, as frozen models that read from and write to TOML. Unknown keys are refused.
+
+Scientific settings have no defaults: a preset states each of them, so its file shows every number.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from mechgrok.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Frozen, no unknown keys, no NaN or infinity, no silent conversions between kinds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class ModularAdditionConfig(Settings):
+    """(a, b, =) -> (a + b) mod p. `split` says what stays on one side of train and test."""
+
+    name: Literal["modular-addition"]
+    p: PositiveInt
+    train_fraction: Fraction
+    split: Literal["unordered", "ordered"]
+
+    @model_validator(mode="after")
+    def _p_is_usable(self) -> Self:
+        if self.p < 5 or any(self.p % k == 0 for k in range(2, int(self.p**0.5) + 1)):
+            # An even p has a Nyquist row and a composite p has frequencies that do not tell all
+            # residues apart; the Fourier measures assume neither.
+            raise ValueError(f"p must be a prime of at least 5, got {self.p}; try {_next_prime(self.p)}")
+        return self
+
+
+class ModelConfig(Settings):
+    """The shape of a HookedTransformer; the task supplies vocabulary and context length."""
+
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    d_head: PositiveInt
+    d_mlp: PositiveInt | None = None  # None: attention only
+    act_fn: Literal["relu", "gelu", "silu"] = "relu"
+    normalization_type: Literal["LN", "LNPre"] | None = None
+    positional_embedding_type: Literal["standard", "rotary", "shortformer"] = "standard"
+    init_std: PositiveFloat  # weights ~ N(0, init_std^2); biases start at 0, LayerNorm gains at 1
+
+
+class TrainConfig(Settings):
+    """Full-batch AdamW. Weight decay is decoupled and multiplied by the learning rate, as in torch."""
+
+    n_steps: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[Fraction, Fraction]
+    n_checkpoints: Annotated[int, Field(ge=2)]
+    n_threads: PositiveInt  # part of the config because the bits of a sum depend on it
+
+
+class LLCConfig(Settings):
+    """One localized SGLD setting; estimates of different settings are not comparable.
+
+    nbeta: n times the inverse temperature beta. localization: gamma, the strength of the pull to
+    w*. step_size: epsilon. batch_size: examples per step, or None for all (no gradient noise).
+    """
+
+    nbeta: Annotated[float, Field(ge=0)]
+    step_size: PositiveFloat
+    localization: Annotated[float, Field(ge=0)]
+    n_chains: Annotated[int, Field(ge=2)] = 4
+    n_draws: Annotated[int, Field(ge=8)] = 200
+    n_burnin: Annotated[int, Field(ge=0)] = 100
+    batch_size: PositiveInt | None = None
+    sampler: Literal["sgld"] = "sgld"
+
+    def __init__(self, **values: Any) -> None:
+        # The one settings model that users build by hand: they get our error, not pydantic's.
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(f"LLCConfig: {_one_sentence(error)}") from None
+
+
+class CurveConfig(Settings):
+    """Which components are followed, and the second localization under which signs must hold."""
+
+    components: tuple[str, ...]  # "heads" stands for every head of the model
+    control_localization: PositiveFloat
+    n_threads: PositiveInt  # torch threads of one unit of work
+    sampling: LLCConfig
+
+    @property
+    def control(self) -> LLCConfig:
+        """The sampling settings at the other localization."""
+        return self.sampling.model_copy(update={"localization": self.control_localization})
+
+    @model_validator(mode="after")
+    def _model_is_followed(self) -> Self:
+        if "model" not in self.components:
+            raise ValueError('components must hold "model": the stages are found from its curve')
+        if self.control_localization == self.sampling.localization:
+            raise ValueError("control_localization must differ from sampling.localization")
+        return self
+
+
+class StageConfig(Settings):
+    """How stages are read off a curve; see `mechgrok.stages` for what each number does."""
+
+    plateau: Fraction = 0.05  # a slope below this share of the largest counts as flat
+    credible: Fraction = 0.95  # mass of the boundary intervals, and certainty asked of a stage
+    min_evidence: PositiveFloat = 3.0  # nats of marginal likelihood over a constant curve
+    n_posterior: PositiveInt = 400  # posterior draws
+
+
+class AnalysesConfig(Settings):
+    """Which analyses a run makes, and how many random placements of the stages score a claim."""
+
+    names: tuple[str, ...]
+    n_null: PositiveInt
+
+
+class RunConfig(Settings):
+    """One whole experiment: what a preset file holds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)]
+    task: ModularAdditionConfig
+    model: ModelConfig
+    train: TrainConfig
+    llc: CurveConfig
+    stages: StageConfig
+    analyses: AnalysesConfig
+
+    def digest(self) -> str:
+        """SHA-256 of the settings in canonical JSON: equal exactly when every setting is equal."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def changes_from(self, other: "RunConfig") -> list[str]:
+        """The settings that differ, each as `key: other -> self`."""
+        ours, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        return [f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)]
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package, sorted."""
+    files = resources.files("mechgrok.presets").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_config(source: "str | Path | RunConfig") -> RunConfig:
+    """A preset by name, a TOML file by path, or a RunConfig as it is.
+
+    Raises:
+        ConfigError: no such preset or file, no TOML, an unknown key, a value out of range.
+    """
+    if isinstance(source, RunConfig):
+        return source
+    if str(source) in preset_names():
+        return parse_config((resources.files("mechgrok.presets") / f"{source}.toml").read_text(), str(source))
+    path = Path(source)
+    if path.suffix != ".toml":
+        raise ConfigError(
+            f"unknown preset {str(source)!r}; presets are {', '.join(preset_names())}; "
+            "to use a file of your own, give a path that ends in .toml"
+        )
+    try:
+        return parse_config(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+
+
+def parse_config(text: str, source: str) -> RunConfig:
+    """A RunConfig from TOML text; `source` names it in errors."""
+    try:
+        return RunConfig.model_validate(_tuples(tomllib.loads(text)))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_one_sentence(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _one_sentence(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "settings"
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}; remove it or correct its spelling")
+        elif problem["type"] == "missing":
+            problems.append(f"missing key {key!r}; state its value")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(
+                f"{key}: {message} (got {problem['input']!r})" if not key.startswith("settings") else message
+            )
+    return "; ".join(problems)
+
+
+def _next_prime(n: int) -> int:
+    candidate = max(n, 5)
+    while any(candidate % k == 0 for k in range(2, int(candidate**0.5) + 1)):
+        candidate += 1
+    return candidate
+
+
+def _tuples(value: Any) -> Any:
+    """TOML arrays as tuples, which is what frozen settings hold."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: an absent key means the default, which is None wherever None is allowed."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

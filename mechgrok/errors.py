@@ -1,0 +1,36 @@
+"""The mistakes a caller can make. Each message says what was expected, what came, and what to do.
+
+A chain that fails while sampling is not here: that is a value (`ChainHealth`), not an exception.
+"""
+
+
+class MechgrokError(Exception):
+    """Base of all errors that a caller can mend; the CLI prints its message and exits with 2."""
+
+
+class ConfigError(MechgrokError):
+    """A preset, a TOML file or a setting is unknown, malformed or out of range."""
+
+
+class ComponentError(MechgrokError):
+    """A component name does not fit the model, or selects no parameter."""
+
+
+class ShapeError(MechgrokError):
+    """An array does not have the shape that its record or function promises."""
+
+
+class RunDirectoryError(MechgrokError):
+    """A run directory is missing, in use, or belongs to another configuration."""
+
+
+class CheckpointError(MechgrokError):
+    """A checkpoint file is missing, truncated, altered, or of another model."""
+
+
+class UnhealthyEstimateError(MechgrokError):
+    """An estimate that is asked to carry a conclusion is not healthy enough to."""
+
+
+class AnalysisError(MechgrokError):
+    """An analysis is unknown or does not apply to the task of the study."""

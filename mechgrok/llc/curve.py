@@ -1,0 +1,105 @@
+"""LLC curves: one estimate per (checkpoint, component), a pure function of names and seeds."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mechgrok import seeds
+from mechgrok.config import LLCConfig
+from mechgrok.errors import ShapeError
+from mechgrok.llc.estimate import estimate_llc
+from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+Unit = tuple[int, str, LLCConfig]  # (step, component, settings)
+
+
+def llc_curve(
+    trajectory: "Trajectory | Iterable[tuple[int, HookedTransformer]]",
+    examples: Examples,
+    *,
+    components: Sequence[str],
+    config: LLCConfig,
+    seed: int,
+    n_workers: int = 1,
+    n_threads: int = 1,
+) -> LLCCurve:
+    """Every component's LLC at every checkpoint, all with the same settings.
+
+    The estimate at a step equals `estimate_llc(model, examples, component=..., config=config,
+    seed=point_seed(seed, step))`, whatever the number of workers.
+
+    Args:
+        trajectory: a Trajectory, or (step, model) pairs; pairs are sampled in this process.
+    """
+    if isinstance(trajectory, Trajectory):
+        units = [(step, name, config) for step in trajectory.steps for name in components]
+        found = dict(estimate_units(trajectory, examples, units, seed, n_workers, n_threads))
+    else:
+        found = {
+            (step, name, config): estimate_llc(
+                model, examples, component=name, config=config, seed=point_seed(seed, step)
+            )
+            for step, model in trajectory
+            for name in components
+        }
+    return assemble_curve(found, components, config)
+
+
+def point_seed(seed: int, step: int) -> int:
+    """The root seed of the estimates at one checkpoint, so that errors at two of them are independent."""
+    return seeds.derive(seed, "llc", step)
+
+
+def estimate_units(
+    trajectory: Trajectory, examples: Examples, units: Sequence[Unit], seed: int, n_workers: int, n_threads: int
+) -> Iterator[tuple[Unit, LLCEstimate]]:
+    """The estimates of the units as each ends, in any order; one worker is this very process.
+
+    n_threads: torch threads of one unit. It is fixed by the caller, not by the machine, because
+    the bits of a sum depend on it.
+    """
+    from joblib import Parallel, delayed
+
+    work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
+    yield from work(delayed(_estimate_unit)(trajectory, examples, unit, seed, n_threads) for unit in units)
+
+
+def assemble_curve(
+    found: Mapping[Unit, LLCEstimate], components: Sequence[str], config: LLCConfig, control: LLCCurve | None = None
+) -> LLCCurve:
+    """A curve from the estimates of all its units. Raises ShapeError if there are none."""
+    steps = sorted({step for step, _, at in found if at == config})
+    if not steps:
+        raise ShapeError("a curve needs at least one checkpoint; the trajectory is empty")
+
+    def grid(read: Callable[[LLCEstimate], float]) -> np.ndarray:
+        return np.array([[read(found[step, name, config]) for step in steps] for name in components])
+
+    return LLCCurve(
+        steps=np.array(steps),
+        components=tuple(components),
+        llc=grid(lambda e: e.llc),
+        std_error=grid(lambda e: e.std_error),
+        healthy=grid(lambda e: e.health.healthy),
+        init_loss=grid(lambda e: e.init_loss)[0],
+        config=config,
+        control=control,
+    )
+
+
+def _estimate_unit(
+    trajectory: Trajectory, examples: Examples, unit: Unit, seed: int, n_threads: int
+) -> tuple[Unit, LLCEstimate]:
+    step, name, config = unit
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        model = trajectory.model_at(step)
+        return unit, estimate_llc(model, examples, component=name, config=config, seed=point_seed(seed, step))
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Functions of one model. They know no step and no stage."""

@@ -1,0 +1,134 @@
+"""The main path on one page: task -> trained trajectory -> LLC curves -> developmental stages. START HERE.
+
+Every step reads what an earlier run of it left in the run directory, so a run that was killed goes
+on where it stopped and ends in the same bits. Analyses take the `Study` from here; see `analyses`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from joblib import cpu_count
+
+from mechgrok.components import expand_names
+from mechgrok.config import RunConfig, load_config
+from mechgrok.errors import RunDirectoryError
+from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
+from mechgrok.stages import detect_stages
+from mechgrok.store import RunDirectory
+from mechgrok.tasks import make_split
+from mechgrok.train import load_trajectory, train
+from mechgrok.types import LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
+
+Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+def run(
+    source: str | Path | RunConfig,
+    out: str | Path | None = None,
+    n_workers: int | None = None,
+    progress: Progress = silent,
+) -> Study:
+    """Make, or finish, the study that a preset, a TOML file or a RunConfig describes.
+
+    Args:
+        out: the run directory, by default runs/<name>. What is there already is not done again.
+        n_workers: processes that sample, by default one for each core. The result does not depend on it.
+
+    Raises:
+        ConfigError, RunDirectoryError, CheckpointError: before or instead of any harm.
+    """
+    config = load_config(source)
+    directory = RunDirectory.create(out or Path("runs") / config.name, config)
+    split = make_split(config.task, config.seed)
+    with directory.locked():
+        trajectory = train(directory, split, lambda done, total: progress("training", done, total))
+        curve = follow(directory, trajectory, split, n_workers, progress)
+        stages = find_stages(curve, config)
+        directory.write_netcdf("llc.nc", curve.to_dataset())
+    return Study(config, split, trajectory, curve, stages)
+
+
+def train_only(
+    source: str | Path | RunConfig, out: str | Path | None = None, progress: Progress = silent
+) -> Trajectory:
+    """The first part of `run`: the trajectory alone."""
+    config = load_config(source)
+    directory = RunDirectory.create(out or Path("runs") / config.name, config)
+    split = make_split(config.task, config.seed)
+    with directory.locked():
+        return train(directory, split, lambda done, total: progress("training", done, total))
+
+
+def load_study(path: str | Path) -> Study:
+    """The study in a run directory, from its files alone: nothing is trained or sampled.
+
+    Raises:
+        RunDirectoryError: no run there, or one that has not ended yet. CheckpointError: a damaged file.
+    """
+    directory = RunDirectory.open(path)
+    config = directory.config
+    split = make_split(config.task, config.seed)
+    trajectory = load_trajectory(directory, split)
+    units = curve_units(trajectory)
+    found = stored_estimates(directory, units)
+    if len(found) < len(units):
+        raise RunDirectoryError(
+            f"{directory.path} has {len(found)} of {len(units)} estimates; run `mechgrok run` again to finish it"
+        )
+    curve = curve_of(found, trajectory)
+    return Study(config, split, trajectory, curve, find_stages(curve, config))
+
+
+def unhealthy_estimates(path: str | Path) -> dict[Unit, LLCEstimate]:
+    """Those estimates of a run that are not healthy; `health.reasons` says why and what to change."""
+    directory = RunDirectory.open(path)
+    trajectory = load_trajectory(directory, make_split(directory.config.task, directory.config.seed))
+    found = stored_estimates(directory, curve_units(trajectory))
+    return {unit: estimate for unit, estimate in found.items() if not estimate.health.healthy}
+
+
+def follow(
+    directory: RunDirectory, trajectory: Trajectory, split: Split, n_workers: int | None, progress: Progress
+) -> LLCCurve:
+    """The LLC of every component at every checkpoint, and of the model at the control localization."""
+    config, units = directory.config, curve_units(trajectory)
+    found = stored_estimates(directory, units)
+    missing = [unit for unit in units if unit not in found]
+    n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
+    work = estimate_units(trajectory, split.train, missing, config.seed, n_workers, config.llc.n_threads)
+    for unit, estimate in work:
+        directory.write_estimate(unit[0], estimate)
+        found[unit] = estimate
+        progress("sampling", len(found), len(units))
+    return curve_of(found, trajectory)
+
+
+def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of the model's curve; unhealthy points are left out, and the report counts them."""
+    return detect_stages(curve, config.stages, drop_unhealthy=True, seed=config.seed)
+
+
+def curve_units(trajectory: Trajectory) -> list[Unit]:
+    """All units of work of a study, the dearest first."""
+    llc = trajectory.config.llc
+    names = expand_names(trajectory.model_at(trajectory.steps[-1]), llc.components)
+    whole = [(step, "model", config) for config in (llc.sampling, llc.control) for step in trajectory.steps]
+    return whole + [(step, name, llc.sampling) for name in names if name != "model" for step in trajectory.steps]
+
+
+def stored_estimates(directory: RunDirectory, units: list[Unit]) -> dict[Unit, LLCEstimate]:
+    """The units that are done already."""
+    stored = {unit: directory.read_estimate(*unit) for unit in units}
+    return {unit: estimate for unit, estimate in stored.items() if estimate is not None}
+
+
+def curve_of(found: dict[Unit, LLCEstimate], trajectory: Trajectory) -> LLCCurve:
+    """The curve of all components, with the whole model's at the control localization beside it."""
+    llc = trajectory.config.llc
+    names = expand_names(trajectory.model_at(trajectory.steps[-1]), llc.components)
+    control = assemble_curve(found, ["model"], llc.control)
+    return assemble_curve(found, names, llc.sampling, control)

@@ -1,0 +1,95 @@
+"""Figures over training with the stages shaded. Functions return figures or draw on axes; none shows one."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mechgrok.types import LLCCurve, Stage
+
+INK = "#1f3b57"
+STAGE_COLORS = {"rising": "#f3d9b1", "falling": "#cfe3d4", "plateau": "#ececec"}
+LANDMARK = "#9c3848"
+
+
+def panels(n: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure with n axes side by side; no global pyplot state."""
+    fig = Figure(figsize=(5.2 * n if n > 1 else 8.0, height), layout="constrained")
+    return fig, list(np.atleast_1d(fig.subplots(1, n)))
+
+
+def developmental_axis(ax: Axes, stages: Sequence[Stage], ylabel: str) -> None:
+    """log(1 + step) on the x axis, stages as shaded bands, boundary intervals as brackets below."""
+    ax.set_xscale("function", functions=(np.log1p, np.expm1))
+    low, high = (stages[0].start, stages[-1].end) if stages else ax.get_xlim()
+    low = max(low, 0.0)
+    ax.set_xlim(low, high)
+    ax.set_xticks([tick for tick in (0, 1, 10, 100, 1000, 10_000, 100_000) if low <= tick <= high])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("step")
+    ax.set_ylabel(ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    for stage in stages:
+        ax.axvspan(stage.start, stage.end, color=STAGE_COLORS[stage.direction], lw=0, zorder=0)
+        middle = np.expm1((np.log1p(stage.start) + np.log1p(stage.end)) / 2)
+        ax.text(middle, 1.01, stage.name, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
+        if stage.end_interval is not None:
+            ax.plot(stage.end_interval, [0.015, 0.015], transform=ax.get_xaxis_transform(), color=INK, lw=2.5)
+
+
+def mark_steps(ax: Axes, landmarks: Mapping[str, float]) -> None:
+    """Dashed lines for landmarks that are no stages, such as those of the loss."""
+    for i, (name, step) in enumerate(landmarks.items()):
+        ax.axvline(step, color=LANDMARK, ls="--", lw=1)
+        ax.text(step, 0.5 + 0.1 * i, f" {name}", transform=ax.get_xaxis_transform(), color=LANDMARK, fontsize=8)
+
+
+def llc_figure(curve: LLCCurve, stages: Sequence[Stage], grid: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> Figure:
+    """The model's LLC: estimates with 95 % intervals and the smooth curve (mean +- 1.96 sd) on steps `grid`.
+
+    Where the curve has a control, that stands in a panel of its own with an axis of its own.
+    """
+    fig, axes = panels(1 if curve.control is None else 2, height=3.8)
+    axes[0].fill_between(grid, mean - 1.96 * sd, mean + 1.96 * sd, color=INK, alpha=0.25, lw=0)
+    axes[0].plot(grid, mean, color=INK, lw=1.5)
+    for ax, of in zip(axes, (curve, curve.control), strict=False):
+        assert of is not None
+        _points(ax, of, "model", INK)
+        gamma = "" if of.config is None else f", localization {of.config.localization:g}"
+        developmental_axis(ax, stages, f"LLC of the model{gamma}")
+    return fig
+
+
+def components_figure(curve: LLCCurve, stages: Sequence[Stage]) -> Figure:
+    """One line per component that is not the whole model: the wrLLC of every head."""
+    fig, (ax,) = panels(1, height=3.8)
+    for name in curve.components:
+        if name != "model":
+            (line,) = ax.plot(curve.steps, curve.llc[curve.row(name)], lw=1, label=name)
+            _points(ax, curve, name, line.get_color())
+    developmental_axis(ax, stages, "wrLLC")
+    ax.legend(frameon=False, fontsize=8)
+    return fig
+
+
+def to_svg(fig: Figure) -> str:
+    """The figure as SVG text, the same bytes for the same figure: no date, no random ids."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "mechgrok"}):
+        fig.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _points(ax: Axes, curve: LLCCurve, component: str, color: Any) -> None:
+    """Estimates with 95 % intervals; unhealthy ones as red crosses."""
+    row = curve.row(component)
+    healthy = curve.healthy[row]
+    for mask, style in ((healthy, {"fmt": "o", "color": color}), (~healthy, {"fmt": "x", "color": "#d62728"})):
+        if mask.any():
+            error = 1.96 * curve.std_error[row][mask]
+            ax.errorbar(curve.steps[mask], curve.llc[row][mask], error, ms=3.5, lw=1, zorder=3, **style)

@@ -1,0 +1,1 @@
+"""One runnable experiment each; every number of it is visible in its file."""

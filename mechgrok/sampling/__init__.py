@@ -1,0 +1,1 @@
+"""Samplers that know no model: kernels, potentials, chains, diagnostics."""

@@ -1,0 +1,99 @@
+"""What the losses of several chains say: their mean's standard error, and whether to believe it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechgrok.types import ChainHealth
+
+# Limits beyond which an estimate is called unhealthy. R-hat: Vehtari et al. 2021 ask 1.01 for
+# posterior reporting; a mean within its standard error needs less, 1.1 is Gelman & Rubin's.
+MAX_R_HAT = 1.1
+MIN_ESS = 20.0
+MAX_DRIFT = 0.2
+DRIFT_SIGNIFICANCE = 3.0  # a drift counts when it is also this many standard errors
+MIN_LEARNED = 0.05  # share of the chance loss that must have been learned before it can be lost
+
+
+@dataclass(frozen=True)
+class ChainSummary:
+    """mean and std_error of the losses over all surviving chains, nats, with r_hat and ess."""
+
+    mean: float
+    std_error: float
+    r_hat: float
+    ess: float
+    half_means: tuple[float, float]
+    half_errors: tuple[float, float]
+    diverged: float
+
+
+def summarize(losses: np.ndarray) -> ChainSummary:
+    """Mean, Monte Carlo standard error, split R-hat and effective sample size of [chain, draw].
+
+    std_error = sd / sqrt(ess) with the multi-chain ess of Vehtari et al. 2021 (eqs. 10-13), whose
+    variance estimate holds the spread between chains and whose autocorrelations hold that within
+    them. Chains with a NaN are left out, and counted in `diverged`. Chains that do not move at all
+    have no error: std_error 0, r_hat 1, ess = number of draws.
+    """
+    finite = np.isfinite(losses).all(axis=1)
+    kept = losses[finite]
+    diverged = 1.0 - float(finite.mean())
+    if len(kept) == 0:
+        nan = math.nan
+        return ChainSummary(nan, nan, nan, 0.0, (nan, nan), (nan, nan), 1.0)
+    half = kept.shape[1] // 2
+    first, second = _mean_and_error(kept[:, :half]), _mean_and_error(kept[:, half:])
+    mean, std_error = _mean_and_error(kept)
+    return ChainSummary(
+        mean, std_error, _r_hat(kept), _ess(kept), (first[0], second[0]), (first[1], second[1]), diverged
+    )
+
+
+def health(summary: ChainSummary, init_loss: float, chance_loss: float | None) -> ChainHealth:
+    """Judge a summary against the loss at the anchor and the loss of guessing, both in nats."""
+    size = abs(summary.mean - init_loss)
+    change = summary.half_means[1] - summary.half_means[0]
+    error = math.hypot(*summary.half_errors)
+    drift = change / size if size > 0 else 0.0
+    learned = 0.0 if chance_loss is None else chance_loss - init_loss
+    can_lose = chance_loss is not None and learned > MIN_LEARNED * chance_loss
+    escaped = bool(can_lose and summary.mean - init_loss >= learned)
+    reasons = []
+    if summary.diverged > 0:
+        reasons.append(f"{summary.diverged:.0%} of the chains diverged: lower step_size")
+    if summary.diverged < 1:
+        if not summary.r_hat <= MAX_R_HAT:
+            reasons.append(f"R-hat {summary.r_hat:.2f} > {MAX_R_HAT}: draw longer chains or more burn-in")
+        if summary.ess < MIN_ESS:
+            reasons.append(f"effective sample size {summary.ess:.0f} < {MIN_ESS:.0f}: draw longer chains")
+        if abs(drift) > MAX_DRIFT and abs(change) > DRIFT_SIGNIFICANCE * error:
+            reasons.append(f"the loss still drifts ({drift:+.0%} between halves): more burn-in")
+    if escaped:
+        reasons.append(
+            f"left the basin (sampled loss {summary.mean:.2f} against {chance_loss:.2f} of guessing): "
+            "raise localization or lower nbeta"
+        )
+    return ChainHealth(summary.r_hat, summary.ess, drift, summary.diverged, escaped, tuple(reasons))
+
+
+def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
+    spread = float(losses.std(ddof=1))
+    return float(losses.mean()), (0.0 if spread == 0 else spread / math.sqrt(_ess(losses)))
+
+
+def _ess(losses: np.ndarray) -> float:
+    from arviz_stats.base import array_stats
+
+    if np.ptp(losses) == 0:
+        return float(losses.size)
+    return float(array_stats.ess(losses, chain_axis=0, draw_axis=1, method="mean"))
+
+
+def _r_hat(losses: np.ndarray) -> float:
+    from arviz_stats.base import array_stats
+
+    if np.ptp(losses) == 0:
+        return 1.0
+    return float(array_stats.rhat(losses, chain_axis=0, draw_axis=1, method="rank"))

@@ -1,0 +1,92 @@
+"""What a sampler sees of a model: flat parameters of many replicas -> per-example losses and gradients."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from mechgrok.types import Component
+
+LossFn = Callable[..., Tensor]  # (module, *batch) -> loss per example [batch]
+
+
+class Potential(Protocol):
+    """A loss over `n_examples` examples as a function of a component's flat parameters."""
+
+    anchor: Tensor  # Float[param]: w*
+    n_examples: int
+
+    def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-example losses Float[replica, batch] and the gradient of their mean, Float[replica, param].
+
+        Args:
+            theta: Float[replica, param]. index: Int[replica, batch], the examples of each replica.
+        """
+        ...
+
+
+class ModulePotential:
+    """Any module and loss, by functional_call under vmap: parameters outside the component are constants."""
+
+    def __init__(self, module: torch.nn.Module, loss_fn: LossFn, tensors: Sequence[Tensor], component: Component):
+        self.n_examples = len(tensors[0])
+        self._tensors = tuple(tensors)
+        frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        self.anchor = extract(component, frozen)
+        inside = _Loss(module, loss_fn)
+        insert_component = inserter(component, frozen)
+
+        def mean_and_losses(theta: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = {f"module.{name}": value for name, value in insert_component(theta).items()}
+            losses = functional_call(inside, parameters, batch)
+            return losses.mean(), losses
+
+        self._both = vmap(grad_and_value(mean_and_losses, has_aux=True), randomness="error")
+
+    def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
+        return losses, gradient
+
+
+class _Loss(torch.nn.Module):
+    """Makes `loss_fn(module, *batch)` a module, so that functional_call can swap what is inside."""
+
+    def __init__(self, module: torch.nn.Module, loss_fn: LossFn):
+        super().__init__()
+        self.module = module
+        self.loss_fn = loss_fn
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss_fn(self.module, *batch)
+
+
+def extract(component: Component, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The component's entries in one vector Float[param], in the order of its masks."""
+    return torch.cat(
+        [
+            parameters[name].flatten() if mask is None else parameters[name][mask]
+            for name, mask in component.masks.items()
+        ]
+    )
+
+
+def inserter(component: Component, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The inverse of `extract`: a function from Float[param] to full-size parameters by name.
+
+    What lies outside the component keeps its bits; the result works under grad and vmap.
+    """
+    flat_index = {
+        name: None if mask is None else mask.flatten().nonzero().squeeze(1) for name, mask in component.masks.items()
+    }
+    sizes = [parameters[name].numel() if at is None else len(at) for name, at in flat_index.items()]
+
+    def insert(theta: Tensor) -> dict[str, Tensor]:
+        full = dict(parameters)
+        for (name, at), part in zip(flat_index.items(), theta.split(sizes), strict=True):
+            own = parameters[name]
+            full[name] = (part if at is None else own.flatten().index_copy(0, at, part)).reshape(own.shape)
+        return full
+
+    return insert

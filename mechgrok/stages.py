@@ -1,0 +1,247 @@
+"""LLC curve to developmental stages, with uncertainty.
+
+The curve is smoothed by Gaussian-process regression on log(1 + step): constant * RBF + white noise,
+beside the standard errors of the points, hyperparameters by marginal likelihood. A boundary is a
+critical point of the smooth curve: its slope changes sign, or falls to a plateau (|slope| below
+`plateau` of its largest) or leaves one. Stages are what lies between. Each boundary's interval is
+found by locating the same boundary in draws from the posterior.
+
+The criterion (critical points of the LLC over log time) is that of Hoogland et al. 2024
+(arXiv:2402.02364); the white noise, the test against a constant curve, the merging of uncertain
+segments and the intervals are ours.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+from mechgrok import seeds
+from mechgrok.config import StageConfig
+from mechgrok.errors import ShapeError, UnhealthyEstimateError
+from mechgrok.types import Direction, LLCCurve, Stage
+
+N_GRID = 400
+DEFAULTS = StageConfig()
+MIN_POINTS = 6
+_DIRECTION: dict[int, Direction] = {1: "rising", -1: "falling", 0: "plateau"}
+
+
+@dataclass(frozen=True)
+class SmoothCurve:
+    """The posterior on a grid of x = log(1 + step): mean and sd [grid], draws [draw, grid].
+
+    evidence: log marginal likelihood in nats over that of a constant curve with white noise.
+    """
+
+    x: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    draws: np.ndarray
+    evidence: float
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.expm1(self.x)
+
+    def at(self, step: float) -> float:
+        """The mean at a step."""
+        return float(np.interp(np.log1p(step), self.x, self.mean))
+
+
+def smooth(curve: LLCCurve, config: StageConfig = DEFAULTS, component: str = "model", seed: int = 0) -> SmoothCurve:
+    """Gaussian-process posterior of one component's curve from its healthy points.
+
+    Raises:
+        ShapeError: fewer than 6 healthy points with finite values.
+    """
+    row = curve.row(component)
+    llc, std_error = curve.llc[row], curve.std_error[row]
+    usable = curve.healthy[row] & np.isfinite(llc) & np.isfinite(std_error)
+    if usable.sum() < MIN_POINTS:
+        raise ShapeError(
+            f"stages of {component!r} need at least {MIN_POINTS} healthy points, there are {int(usable.sum())}; "
+            "use more checkpoints or healthier settings"
+        )
+    x, y, error = np.log1p(curve.steps[usable].astype(float)), llc[usable], std_error[usable]
+    centre, scale = y.mean(), y.std() or 1.0
+    y, noise = (y - centre) / scale, (error / scale) ** 2 + 1e-10
+
+    span = x[-1] - x[0]
+    shortest = 2 * np.median(np.diff(x))  # anything that bends faster than two points is noise
+    signal = ConstantKernel(1.0, (1e-3, 1e3)) * Matern(span / 5, (shortest, 10 * span), nu=2.5)
+    fitted = _fit(signal + WhiteKernel(0.01, (1e-8, 10.0)), x, y, noise)
+    constant = _fit(ConstantKernel(1.0, (1e-3, 1e3)) + WhiteKernel(0.1, (1e-8, 10.0)), x, y, noise)
+
+    grid = np.linspace(x[0], x[-1], N_GRID)
+    latent = GaussianProcessRegressor(fitted.kernel_.k1, alpha=noise + fitted.kernel_.k2.noise_level, optimizer=None)
+    latent.fit(x[:, None], y)
+    mean, covariance = latent.predict(grid[:, None], return_cov=True)
+    normal = np.random.default_rng(seeds.derive(seed, "stages", component)).standard_normal(
+        (config.n_posterior, N_GRID)
+    )
+    values, vectors = np.linalg.eigh(covariance)
+    draws = mean + normal @ (vectors * np.sqrt(np.clip(values, 0, None))).T
+    return SmoothCurve(
+        x=grid,
+        mean=mean * scale + centre,
+        sd=np.sqrt(np.clip(np.diag(covariance), 0, None)) * scale,
+        draws=draws * scale + centre,
+        evidence=float(fitted.log_marginal_likelihood_value_ - constant.log_marginal_likelihood_value_),
+    )
+
+
+def detect_stages(
+    curve: LLCCurve,
+    config: StageConfig = DEFAULTS,
+    *,
+    component: str = "model",
+    drop_unhealthy: bool = False,
+    seed: int = 0,
+) -> tuple[Stage, ...]:
+    """The stages of a component's LLC curve, in order, covering the run; none if the curve is flat.
+
+    A curve counts as flat unless the smooth curve beats a constant by `config.min_evidence` nats.
+    A stage is kept if, with posterior probability `config.credible`, the curve changes over it in
+    the stage's direction and by at least `config.plateau` of the curve's range; other segments are
+    merged with their neighbours.
+
+    Args:
+        drop_unhealthy: find the stages from the healthy points alone, rather than raise.
+
+    Raises:
+        UnhealthyEstimateError: an estimate is unhealthy and `drop_unhealthy` is False.
+        ComponentError, ShapeError: the curve lacks the component, or has too few points.
+    """
+    row = curve.row(component)
+    if not drop_unhealthy and not curve.healthy[row].all():
+        bad = curve.steps[~curve.healthy[row]]
+        raise UnhealthyEstimateError(
+            f"estimates of {component!r} at steps {', '.join(map(str, bad))} are unhealthy; "
+            "sample them better, or pass drop_unhealthy=True to leave them out"
+        )
+    fit = smooth(curve, config, component, seed)
+    if fit.evidence < config.min_evidence:
+        return ()
+    segments = _segments(fit, config)
+    if len(segments) == 1 and segments[0][2] == 0:
+        return ()
+    placed = place_stages(curve, fit, [float(fit.steps[first]) for first, _, _ in segments[1:]])
+    bounds = [None, *(_interval(fit, *pair, config) for pair in pairwise(segments)), None]
+    return tuple(
+        replace(stage, direction=_DIRECTION[sign], start_interval=bounds[i], end_interval=bounds[i + 1])
+        for i, (stage, (_, _, sign)) in enumerate(zip(placed, segments, strict=True))
+    )
+
+
+def place_stages(curve: LLCCurve, fit: SmoothCurve, boundaries: Sequence[float]) -> tuple[Stage, ...]:
+    """Stages between given boundaries (steps), with the changes of LLC and loss over each.
+
+    Detected stages come through here, and so do the randomly placed ones that claims are scored
+    by. A stage's direction is that of the smooth curve's change over it; below 5 % of the curve's
+    range it is a plateau.
+    """
+    stages = []
+    smallest = DEFAULTS.plateau * np.ptp(fit.mean)
+    edges = [float(curve.steps[0]), *boundaries, float(curve.steps[-1])]
+    for i, (start, end) in enumerate(pairwise(edges)):
+        change = fit.at(end) - fit.at(start)
+        delta_loss = float("nan")
+        if curve.init_loss is not None:
+            losses = np.interp(np.log1p([start, end]), np.log1p(curve.steps), curve.init_loss)
+            delta_loss = float(losses[1] - losses[0])
+        direction = _DIRECTION[int(np.sign(change)) if abs(change) >= smallest else 0]
+        stages.append(Stage(f"S{i + 1}", direction, start, end, None, None, change, delta_loss))
+    return tuple(stages)
+
+
+Segment = tuple[int, int, int]  # first grid index, last grid index, sign of the slope
+
+
+def _segments(fit: SmoothCurve, config: StageConfig) -> list[Segment]:
+    """Maximal runs of one slope sign on the grid, with runs that are not credible merged away."""
+    slope = np.gradient(fit.mean, fit.x)
+    sign = np.where(np.abs(slope) <= config.plateau * np.abs(slope).max(), 0, np.sign(slope)).astype(int)
+    cuts = [0, *(np.flatnonzero(np.diff(sign)) + 1).tolist(), len(sign)]
+    segments = [(a, b - 1, int(sign[a])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    min_width = (fit.x[-1] - fit.x[0]) / 20  # a shorter flat stretch is the turning point itself
+    while len(segments) > 1:
+        doubts = [_doubt(fit, segment, config, min_width) for segment in segments]
+        worst = int(np.argmax(doubts))
+        if doubts[worst] <= 0:
+            break
+        segments = _merge(fit, segments, worst)
+    return segments
+
+
+def _doubt(fit: SmoothCurve, segment: Segment, config: StageConfig, min_width: float) -> float:
+    """Positive if the segment is no stage; the larger, the less credible."""
+    first, last, sign = segment
+    if sign == 0:
+        return 1 - (fit.x[last] - fit.x[first]) / min_width
+    change = sign * (fit.draws[:, last] - fit.draws[:, first])
+    return config.credible - float(np.mean(change > config.plateau * np.ptp(fit.mean)))
+
+
+def _merge(fit: SmoothCurve, segments: list[Segment], at: int) -> list[Segment]:
+    """Dissolve segment `at` into its neighbours.
+
+    Between neighbours of one sign the three become one; between others the boundary lies where the
+    smooth curve is most extreme (opposite signs) or in the middle (one of them flat).
+    """
+    first, last, _ = segments[at]
+    before = segments[at - 1] if at > 0 else None
+    after = segments[at + 1] if at + 1 < len(segments) else None
+    if before is None and after is not None:
+        return [(first, after[1], after[2]), *segments[2:]]
+    if after is None and before is not None:
+        return [*segments[:-2], (before[0], last, before[2])]
+    assert before is not None and after is not None
+    if before[2] == after[2]:
+        middle = [(before[0], after[1], before[2])]
+    else:
+        if before[2] * after[2] < 0:
+            split = first + int(np.argmax(before[2] * fit.mean[first : last + 1]))
+        else:
+            split = last if before[2] == 0 else first
+        middle = [(before[0], max(split - 1, before[0]), before[2]), (split, after[1], after[2])]
+    return [*segments[: at - 1], *middle, *segments[at + 2 :]]
+
+
+def _interval(fit: SmoothCurve, before: Segment, after: Segment, config: StageConfig) -> tuple[float, float]:
+    """Credible interval in steps of the boundary between two segments.
+
+    In every posterior draw the boundary is sought between the middles of its segments: the extreme
+    point where the slope changes sign; else, going from the middle of the moving segment towards
+    the flat one, the first point where the slope is below the plateau level.
+    """
+    low, high = (before[0] + before[1]) // 2, (after[0] + after[1]) // 2 + 1
+    window = fit.draws[:, low:high]
+    if before[2] * after[2] < 0:
+        found = np.argmax(before[2] * window, axis=1)
+    else:
+        moving = before[2] or after[2]
+        level = config.plateau * np.abs(np.gradient(fit.mean, fit.x)).max()
+        is_moving = moving * np.gradient(window, fit.x[low:high], axis=1) > level
+        if before[2] == 0:
+            still = ~is_moving[:, ::-1]
+            found = window.shape[1] - np.where(still.any(1), np.argmax(still, axis=1), window.shape[1])
+        else:
+            found = np.where(is_moving.all(1), window.shape[1] - 1, np.argmin(is_moving, axis=1))
+    tail = (1 - config.credible) / 2
+    left, right = np.quantile(fit.x[np.minimum(low + found, high - 1)], [tail, 1 - tail])
+    return float(np.expm1(left)), float(np.expm1(right))
+
+
+def _fit(kernel: Any, x: np.ndarray, y: np.ndarray, noise: np.ndarray) -> GaussianProcessRegressor:
+    model = GaussianProcessRegressor(kernel, alpha=noise, n_restarts_optimizer=4, random_state=0)
+    with warnings.catch_warnings():
+        # A hyperparameter at its bound is an answer here: "no white noise", "as good as constant".
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x[:, None], y)

@@ -1,0 +1,252 @@
+"""A run directory on disk, and the only file that touches one. Every write is atomic; nothing is unpickled.
+
+    config.toml                     the run's settings; another configuration is refused
+    checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
+    training/state.safetensors      parameters and AdamW moments, to resume from
+    llc/localization-<gamma>/<component>/step-00000100.safetensors   losses [chain, draw]; metadata: the estimate
+    llc.nc  stages.json  report.json  report.md  report.html
+
+The SHA-256 in a file's metadata covers its tensors and its other metadata, so a file that was cut or
+altered is refused with its name rather than read.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mechgrok.config import LLCConfig, RunConfig, parse_config
+from mechgrok.errors import CheckpointError, RunDirectoryError
+from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
+
+CONFIG = "config.toml"
+
+
+class RunDirectory:
+    """The files of one run. Cheap to make and to send to a worker: it holds only a path and a digest."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.digest = config.digest()
+
+    # ---- opening
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig) -> "RunDirectory":
+        """Make the directory, or open it if it already holds this very configuration.
+
+        Raises:
+            RunDirectoryError: it holds another configuration, or files that are not a run.
+        """
+        run = cls(Path(path), config)
+        if (run.path / CONFIG).exists():
+            changes = config.changes_from(_read_config(run.path))
+            if changes:
+                raise RunDirectoryError(
+                    f"{run.path} belongs to another configuration ({'; '.join(changes)}); "
+                    "choose another --out, or go back to the settings in its config.toml"
+                )
+            return run
+        if run.path.exists() and (not run.path.is_dir() or any(p.name != ".lock" for p in run.path.iterdir())):
+            raise RunDirectoryError(f"{run.path} exists and is not a mechgrok run; choose another --out")
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot make the run directory {run.path}: {error}") from None
+        run.write_text(CONFIG, config.to_toml())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDirectory":
+        """Open an existing run. Raises RunDirectoryError if there is none at `path`."""
+        return cls(Path(path), _read_config(Path(path)))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for writing; the lock falls when the process ends, however it ends."""
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise RunDirectoryError(f"{self.path} is in use by another mechgrok process; wait for it to end") from None
+
+    # ---- plain files
+
+    def write_text(self, name: str, text: str) -> Path:
+        _write_atomically(self.path / name, text.encode())
+        return self.path / name
+
+    def read_json(self, name: str) -> Any:
+        """The JSON file `name`. Raises RunDirectoryError if it is missing or malformed."""
+        return read_json(self.path / name)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_netcdf(self, name: str, dataset: Any) -> Path:
+        """An xarray Dataset as netCDF 4."""
+        with _replacing(self.path / name) as temporary:
+            dataset.to_netcdf(temporary, engine="h5netcdf", invalid_netcdf=True)
+        return self.path / name
+
+    # ---- checkpoints
+
+    def write_checkpoint(self, parameters: Mapping[str, Tensor], metrics: CheckpointMetrics) -> None:
+        self._write_tensors(self._checkpoint(metrics.step), parameters, {"metrics": asdict(metrics)})
+
+    def read_checkpoint(self, step: int) -> tuple[dict[str, Tensor], CheckpointMetrics]:
+        """The parameters and metrics at a step. Raises CheckpointError for a file that cannot be trusted."""
+        tensors, metadata = self._read_tensors(self._checkpoint(step))
+        metrics = CheckpointMetrics(**metadata["metrics"])
+        if metrics.step != step:
+            raise CheckpointError(f"{self._checkpoint(step)} holds step {metrics.step}; {_REMEDY}")
+        return tensors, metrics
+
+    def has_checkpoint(self, step: int) -> bool:
+        return self._checkpoint(step).exists()
+
+    def write_training_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        self._write_tensors(self.path / "training" / "state.safetensors", tensors, {"step": step})
+
+    def read_training_state(self) -> tuple[int, dict[str, Tensor]] | None:
+        """(step, tensors) of the last saved training state, None if training has not begun."""
+        path = self.path / "training" / "state.safetensors"
+        if not path.exists():
+            return None
+        tensors, metadata = self._read_tensors(path)
+        return metadata["step"], tensors
+
+    # ---- estimates
+
+    def write_estimate(self, step: int, estimate: LLCEstimate) -> None:
+        losses = torch.from_numpy(np.ascontiguousarray(estimate.losses))
+        record = {k: v for k, v in asdict(estimate).items() if k not in ("losses", "config")}
+        self._write_tensors(
+            self._estimate(step, estimate.component, estimate.config),
+            {"losses": losses},
+            {"estimate": record, "step": step, "sampling": estimate.config.model_dump()},
+        )
+
+    def read_estimate(self, step: int, component: str, config: LLCConfig) -> LLCEstimate | None:
+        """The stored estimate, None if this unit of work has not ended yet."""
+        path = self._estimate(step, component, config)
+        if not path.exists():
+            return None
+        tensors, metadata = self._read_tensors(path)
+        record = metadata["estimate"]
+        if metadata["sampling"] != config.model_dump() or record["component"] != component or metadata["step"] != step:
+            raise CheckpointError(f"{path} holds another estimate than its name says; {_REMEDY}")
+        record["health"]["reasons"] = tuple(record["health"]["reasons"])
+        health = ChainHealth(**record.pop("health"))
+        return LLCEstimate(losses=tensors["losses"].numpy(), config=config, health=health, **record)
+
+    # ---- inside
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+
+    def _estimate(self, step: int, component: str, config: LLCConfig) -> Path:
+        setting = f"localization-{config.localization:g}"
+        return self.path / "llc" / setting / component / f"step-{step:08d}.safetensors"
+
+    def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        # JSON keeps floats exactly and, unlike strict JSON, NaN: a diverged estimate is a value.
+        text = json.dumps({"config": self.digest, **metadata}, sort_keys=True)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        _write_atomically(path, save(plain, {"mechgrok": text, "sha256": _digest(plain, text)}))
+
+    def _read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; run `mechgrok run` again to make it") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); {_REMEDY}") from None
+        text = metadata.get("mechgrok", "")
+        if metadata.get("sha256") != _digest(tensors, text):
+            raise CheckpointError(f"{path} was altered since mechgrok wrote it (SHA-256 differs); {_REMEDY}")
+        record = json.loads(text)
+        if record["config"] != self.digest:
+            raise CheckpointError(f"{path} belongs to another configuration; {_REMEDY}")
+        return tensors, record
+
+
+_REMEDY = "delete that file and run `mechgrok run` again to make it anew"
+
+
+def run_directories(root: str | Path) -> list[Path]:
+    """The runs directly under `root`, sorted."""
+    return sorted(path.parent for path in Path(root).glob(f"*/{CONFIG}"))
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file from anywhere. Raises RunDirectoryError if it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"cannot read {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{path} is not valid JSON ({error}); make it anew") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """A JSON file anywhere, atomically."""
+    try:
+        _write_atomically(Path(path), (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error}") from None
+
+
+def _read_config(path: Path) -> RunConfig:
+    try:
+        text = (path / CONFIG).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path} is not a mechgrok run: cannot read its config.toml ({error})") from None
+    return parse_config(text, str(path / CONFIG))
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 over the metadata text and every tensor's name, dtype, shape and bytes."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, whole, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)

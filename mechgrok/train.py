@@ -1,0 +1,110 @@
+"""Task and config to a Trajectory: full-batch AdamW, checkpoints on a log scale, resumable at each."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from transformer_lens import HookedTransformer
+
+from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
+from mechgrok.store import RunDirectory
+from mechgrok.types import CheckpointMetrics, Split, Trajectory
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def checkpoint_steps(n_steps: int, n_checkpoints: int) -> tuple[int, ...]:
+    """0, then steps evenly spaced on log(1 + step) up to n_steps, as whole numbers.
+
+    Rounding makes early steps coincide; those are merged, and the spacing is made finer until there
+    are n_checkpoints (or all n_steps + 1 steps).
+    """
+    wanted = min(n_checkpoints, n_steps + 1)
+    for n_points in range(wanted, 4 * (n_steps + wanted)):
+        steps = np.unique(np.rint(np.expm1(np.linspace(0, np.log1p(n_steps), n_points))).astype(int))
+        if len(steps) >= wanted:
+            return tuple(int(step) for step in steps)
+    return tuple(range(n_steps + 1))
+
+
+def train(run: RunDirectory, split: Split, progress: Progress = lambda done, total: None) -> Trajectory:
+    """Train, or finish training, the model of `run`, and return its trajectory.
+
+    The loss is the mean over the training examples, in float64. The state of the optimizer is
+    written with each checkpoint, and steps are deterministic, so a killed run goes on from the last
+    checkpoint to the same bits.
+    """
+    config = run.config
+    steps = checkpoint_steps(config.train.n_steps, config.train.n_checkpoints)
+    if not all(run.has_checkpoint(step) for step in steps):
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(config.train.n_threads)
+        try:
+            _train_to_the_end(run, split, steps, progress)
+        finally:
+            torch.set_num_threads(n_threads)
+    return load_trajectory(run, split)
+
+
+def load_trajectory(run: RunDirectory, split: Split) -> Trajectory:
+    """The trajectory of a trained run. Raises CheckpointError if a checkpoint is missing or damaged."""
+    steps = checkpoint_steps(run.config.train.n_steps, run.config.train.n_checkpoints)
+    metrics = tuple(run.read_checkpoint(step)[1] for step in steps)
+    return Trajectory(run.config, metrics, partial(_load_model, run, split))
+
+
+def _load_model(run: RunDirectory, split: Split, step: int) -> HookedTransformer:
+    return model_from_parameters(run.config.model, split, run.read_checkpoint(step)[0])
+
+
+def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], progress: Progress) -> None:
+    config = run.config.train
+    model = build_model(run.config.model, split, run.config.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
+    )
+    first = _restore(run, model, optimizer, steps)
+    for step in range(first, config.n_steps + 1):
+        if step in steps:
+            run.write_checkpoint(dict(model.named_parameters()), _metrics(model, split, step))
+            run.write_training_state(step, _state_tensors(model, optimizer))
+            progress(step, config.n_steps)
+        if step < config.n_steps:
+            optimizer.zero_grad()
+            model_losses(model, *split.train.tensors).mean().backward()
+            optimizer.step()
+
+
+def _metrics(model: HookedTransformer, split: Split, step: int) -> CheckpointMetrics:
+    (train_loss, train_accuracy), (test_loss, test_accuracy) = evaluate(model, split.train), evaluate(model, split.test)
+    return CheckpointMetrics(step, train_loss, test_loss, train_accuracy, test_accuracy)
+
+
+def _state_tensors(model: HookedTransformer, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    return tensors
+
+
+def _restore(
+    run: RunDirectory, model: HookedTransformer, optimizer: torch.optim.Optimizer, steps: tuple[int, ...]
+) -> int:
+    """Load the last training state into model and optimizer; the step to go on from, 0 if there is none.
+
+    A checkpoint that was deleted from before the saved state can only be made again from the start.
+    """
+    saved = run.read_training_state()
+    if saved is None or not all(run.has_checkpoint(step) for step in steps if step < saved[0]):
+        return 0
+    step, tensors = saved
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            keys = [
+                key.split("/")[0] for key in tensors if key.endswith(f"/{name}") and not key.startswith("parameter/")
+            ]
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+    return step

@@ -1,0 +1,299 @@
+"""The vocabulary: every record that crosses a file boundary. All frozen, shapes checked on construction.
+
+Axis names are singular: chain, draw, component, checkpoint, pos, head. Losses are in nats.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechgrok.config import LLCConfig, RunConfig
+from mechgrok.errors import ComponentError, ShapeError
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from transformer_lens import HookedTransformer
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ShapeError(message)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """tokens, targets: Int[example, pos]; weights: Float[example, pos], 0 where a position is not scored.
+
+    An example's loss is the weighted mean of its positions' cross-entropies, in nats.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.tokens.shape
+        _expect(len(shape) == 2 and shape[0] > 0, f"tokens must be [example, pos] and not empty, got {tuple(shape)}")
+        for name in ("targets", "weights"):
+            got = getattr(self, name).shape
+            _expect(got == shape, f"{name} must have the shape of tokens {tuple(shape)}, got {tuple(got)}")
+        for name in ("tokens", "targets"):
+            dtype = getattr(self, name).dtype
+            _expect(dtype == torch.int64, f"{name} must be int64, got {dtype}")
+        _expect(bool((self.weights.sum(1) > 0).all()), "every example needs a position of positive weight")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, targets, weights), the columns that a batch is drawn from.
+
+        Targets and weights begin at the first position that any example scores: [example, scored];
+        the logits before it are never needed.
+        """
+        first = int((self.weights > 0).any(0).nonzero()[0])
+        return self.tokens, self.targets[:, first:], self.weights[:, first:]
+
+    def __add__(self, other: "Examples") -> "Examples":
+        return Examples(
+            torch.cat([self.tokens, other.tokens]),
+            torch.cat([self.targets, other.targets]),
+            torch.cat([self.weights, other.weights]),
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of a task; `labels` are the printable names of its tokens."""
+
+    train: Examples
+    test: Examples
+    labels: tuple[str, ...]
+    n_classes: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named subset of a model's parameters.
+
+    masks: parameter name -> bool mask of the parameter's shape, or None for all of it.
+    heads: the (layer, head) pairs, where the component is one head or a union of heads.
+    """
+
+    name: str
+    masks: Mapping[str, Tensor | None]
+    n_params: int
+    heads: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n_params <= 0:
+            raise ComponentError(f"component {self.name!r} selects no parameter; name one that the model has")
+
+
+@dataclass(frozen=True)
+class CheckpointMetrics:
+    """Loss (nats) and accuracy on both sides of the split at one checkpoint."""
+
+    step: int
+    train_loss: float
+    test_loss: float
+    train_accuracy: float
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A trained model through its checkpoints; `model_at` builds each model when it is asked for."""
+
+    config: RunConfig
+    metrics: tuple[CheckpointMetrics, ...]
+    load: "Callable[[int], HookedTransformer]" = field(repr=False)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(row.step for row in self.metrics)
+
+    def model_at(self, step: int) -> "HookedTransformer":
+        _expect(step in self.steps, f"no checkpoint at step {step}; checkpoints are {self.steps}")
+        return self.load(step)
+
+    def __iter__(self) -> "Iterator[tuple[int, HookedTransformer]]":
+        return ((step, self.load(step)) for step in self.steps)
+
+    def column(self, name: str) -> np.ndarray:
+        """One field of the metrics over checkpoints, e.g. "test_loss": Float[checkpoint]."""
+        return np.array([getattr(row, name) for row in self.metrics])
+
+
+@dataclass(frozen=True)
+class ChainHealth:
+    """What the chains of one estimate say about it; `reasons` is empty when it is healthy.
+
+    r_hat: split rank-normalized R-hat. ess: effective sample size of the mean, all chains.
+    drift: change of the estimate between the halves of the run, as a share of the estimate's size.
+    diverged: share of chains that left the finite numbers.
+    escaped: the sampled loss lost all that training had gained over chance.
+    """
+
+    r_hat: float
+    ess: float
+    drift: float
+    diverged: float
+    escaped: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class LLCEstimate:
+    """llc = nbeta * (mean of `losses` - init_loss); std_error includes that of init_loss.
+
+    losses: Float[chain, draw], nats, burn-in left out; NaN from where a chain diverged.
+    """
+
+    component: str
+    llc: float
+    std_error: float
+    losses: np.ndarray
+    init_loss: float
+    init_loss_error: float
+    n_params: int
+    config: LLCConfig
+    health: ChainHealth
+
+    def __post_init__(self) -> None:
+        expected = (self.config.n_chains, self.config.n_draws)
+        _expect(self.losses.shape == expected, f"losses must be [chain, draw] {expected}, got {self.losses.shape}")
+
+
+@dataclass(frozen=True)
+class LLCCurve:
+    """Estimates over training: llc, std_error, healthy are [component, checkpoint].
+
+    init_loss: Float[checkpoint], the loss at each checkpoint, if known. control: the same curve
+    under another localization; it is never drawn on this one's axis.
+    """
+
+    steps: np.ndarray
+    components: tuple[str, ...]
+    llc: np.ndarray
+    std_error: np.ndarray
+    healthy: np.ndarray = field(default_factory=lambda: np.array(True))
+    init_loss: np.ndarray | None = None
+    config: LLCConfig | None = None
+    control: "LLCCurve | None" = None
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "components", tuple(self.components))
+        set_field(self, "steps", np.asarray(self.steps))
+        shape = (len(self.components), len(self.steps))
+        for name in ("llc", "std_error"):
+            set_field(self, name, np.asarray(getattr(self, name), dtype=float))
+        healthy = np.asarray(self.healthy, dtype=bool)
+        set_field(self, "healthy", np.full(shape, healthy) if healthy.ndim == 0 else healthy)
+        for name in ("llc", "std_error", "healthy"):
+            got = getattr(self, name).shape
+            _expect(got == shape, f"{name} must be [component, checkpoint] {shape}, got {got}")
+        increasing = self.steps.ndim == 1 and self.steps.size > 0 and bool(np.all(np.diff(self.steps) > 0))
+        _expect(increasing and self.steps[0] >= 0, f"steps must increase from 0 or more, got {self.steps}")
+        _expect(len(set(self.components)) == len(self.components), f"components repeat: {self.components}")
+        _expect(not bool(np.any(self.std_error < 0)), "std_error must not be negative")
+        if self.init_loss is not None:
+            set_field(self, "init_loss", np.asarray(self.init_loss, dtype=float))
+            _expect(self.init_loss.shape == self.steps.shape, "init_loss must be [checkpoint]")
+
+    def row(self, component: str) -> int:
+        """The index of a component; ComponentError if the curve does not follow it."""
+        if component not in self.components:
+            raise ComponentError(f"the curve has no component {component!r}; it has {', '.join(self.components)}")
+        return self.components.index(component)
+
+    def to_dataset(self) -> "xr.Dataset":
+        """An xarray Dataset with dimensions (component, checkpoint) and the settings as attributes."""
+        import xarray as xr
+
+        dims = ("component", "checkpoint")
+        data = xr.Dataset(
+            {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy")},
+            coords={"component": list(self.components), "checkpoint": self.steps},
+            attrs={k: v for k, v in self.config.model_dump().items() if v is not None} if self.config else {},
+        )
+        return data if self.init_loss is None else data.assign(init_loss=("checkpoint", self.init_loss))
+
+
+Direction = Literal["rising", "falling", "plateau"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps [start, end) between two critical points of the LLC curve.
+
+    start_interval, end_interval: credible intervals of the boundaries, None at the run's own ends.
+    delta_llc: change of the smoothed LLC over the stage; delta_loss: change of the loss, nats
+    (NaN where the curve does not know the loss).
+    """
+
+    name: str
+    direction: Direction
+    start: float
+    end: float
+    start_interval: tuple[float, float] | None
+    end_interval: tuple[float, float] | None
+    delta_llc: float
+    delta_loss: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number, what it is held against, and how often a random placement of the stages does as well.
+
+    null_quantile: share of random placements whose value is less in favour of the claim, ties
+    counted half; .5 when the value does not depend on where the stages lie, None before scoring.
+    """
+
+    text: str
+    stage: str
+    value: float
+    threshold: float
+    relation: Literal[">=", "<="] = ">="
+    null_quantile: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """False for NaN: a claim that cannot be evaluated does not hold."""
+        return self.value >= self.threshold if self.relation == ">=" else self.value <= self.threshold
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an analysis found: series [checkpoint, ...] on `steps`, and claims scored against chance."""
+
+    analysis: str
+    steps: np.ndarray
+    series: Mapping[str, np.ndarray]
+    claims: tuple[Claim, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)  # e.g. the key frequencies
+
+    def __post_init__(self) -> None:
+        for name, values in self.series.items():
+            _expect(len(values) == len(self.steps), f"series {name!r} must have one entry per checkpoint")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A trajectory with its LLC curve and stages: what an analysis is given."""
+
+    config: RunConfig
+    split: Split
+    trajectory: Trajectory
+    curve: LLCCurve
+    stages: tuple[Stage, ...]
