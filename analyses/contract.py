@@ -18,6 +18,8 @@ from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Stu
 Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
 Relation = Literal[">=", "<="]
 
+CONCENTRATED = 0.25  # the `concentration` from which growth is said to belong to a stage
+
 
 class Analysis(Protocol):
     """The parts of an analysis module."""
@@ -54,7 +56,8 @@ def run(name: str, study: Study) -> Report:
 
     The null keeps the number of stages and draws their boundaries uniformly on log(1 + step),
     `study.config.analyses.n_null` times. A claim's `null_quantile` is the share of placements
-    whose value is less in its favour, ties counted half, NaN as least in favour.
+    whose value is less in its favour, ties counted half, among those in which it can be evaluated
+    (a random placement may have no falling stage).
 
     Raises:
         AnalysisError: an unknown analysis, or one that does not apply to the study's task.
@@ -94,10 +97,12 @@ def score(analysis: Analysis, series: Series, study: Study) -> tuple[Claim, ...]
     )
 
 
-def _quantile(claim: Claim, null: np.ndarray) -> float:
+def _quantile(claim: Claim, null: np.ndarray) -> float | None:
     sign = 1.0 if claim.relation == ">=" else -1.0
-    value, others = (np.nan_to_num(sign * np.asarray(x), nan=-np.inf) for x in (claim.value, null))
-    return float(np.mean(others < value) + 0.5 * np.mean(others == value))
+    others = sign * null[~np.isnan(null)]
+    if len(others) == 0 or np.isnan(claim.value):
+        return None
+    return float(np.mean(others < sign * claim.value) + 0.5 * np.mean(others == sign * claim.value))
 
 
 # ---- for `conclude`
@@ -128,10 +133,16 @@ def change(series: Series, name: str, stage: Stage) -> float:
     return at(series, name, stage.end) - at(series, name, stage.start)
 
 
-def excess_change(series: Series, name: str, stage: Stage, stages: Sequence[Stage]) -> float:
-    """Growth of a scalar series over a stage less the most it grows over any other: is it *this* stage's?"""
-    others = (change(series, name, other) for other in stages if other is not stage)
-    return change(series, name, stage) - max(others, default=0.0)
+def concentration(series: Series, name: str, stage: Stage) -> float:
+    """How much more of a series' growth lies in a stage than the stage's share of log time.
+
+    (growth over the stage) / (largest - smallest value of the run) - (share of log(1 + step)).
+    0 if the growth is spread evenly, near 1 if all of it is in a short stage; NaN for a constant.
+    """
+    spread = float(np.ptp(series[name]))
+    time = np.log1p(stage.end) - np.log1p(stage.start)
+    share = change(series, name, stage) / spread if spread > 0 else float("nan")
+    return share - float(time / (np.log1p(series["step"][-1]) - np.log1p(series["step"][0])))
 
 
 def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> float:

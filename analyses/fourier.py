@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from analyses.contract import Series, at, change, claim, excess_change, mean_over, strongest
+from analyses.contract import CONCENTRATED, Series, at, change, claim, concentration, mean_over, strongest
 from mechgrok import plotting
 from mechgrok.errors import AnalysisError
 from mechgrok.measures import fourier
@@ -69,7 +69,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     guessing = np.log(series["embedding_spectrum"].shape[1] * 2 + 1)  # ln p
 
     def gain(name: str) -> Callable[[Stage], float]:
-        return lambda stage: excess_change(series, name, stage, stages)
+        return lambda stage: concentration(series, name, stage)
 
     def u_shape(stage: Stage) -> float:
         first, before = series["step"][0], series["step"] <= stage.end
@@ -96,20 +96,20 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             stages[-1] if stages else None, lambda s: at(series, "excluded_loss", s.end) - guessing, 0.0,
         ),
         claim(
-            "neurons become single-frequency while the LLC falls (gain of their share beyond that of any other stage)",
-            falling, gain("single_frequency_neurons"), 0.3,
+            "neurons become single-frequency while the LLC falls (share of the gain, less that of time)",
+            falling, gain("single_frequency_neurons"), CONCENTRATED,
         ),
         claim(
-            "the logits become waves cos(w_k(a+b-c)) while the LLC falls (gain of R^2 beyond that of any other stage)",
-            falling, gain("logit_r2"), 0.3,
+            "the logits become waves cos(w_k(a+b-c)) while the LLC falls (share of the gain of R^2, less that of time)",
+            falling, gain("logit_r2"), CONCENTRATED,
         ),
         claim(
-            "W_E becomes sparse in the Fourier basis while the LLC falls (gain of Gini beyond that of any other stage)",
-            falling, gain("gini_W_E"), 0.2,
+            "W_E becomes sparse in the Fourier basis while the LLC falls (share of the gain of Gini, less that of time)",
+            falling, gain("gini_W_E"), CONCENTRATED,
         ),
         claim(
-            "W_L becomes sparse in the Fourier basis while the LLC falls (gain of Gini beyond that of any other stage)",
-            falling, gain("gini_W_L"), 0.2,
+            "W_L becomes sparse in the Fourier basis while the LLC falls (share of the gain of Gini, less that of time)",
+            falling, gain("gini_W_L"), CONCENTRATED,
         ),
         claim(
             "neurons of the final model are single-frequency (share)",

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import Series, at, claim, excess_change, llc_z, strongest
+from analyses.contract import CONCENTRATED, Series, at, claim, concentration, llc_z, strongest
 from mechgrok import plotting
 from mechgrok.model import evaluate
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
@@ -75,12 +75,12 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             hump, lambda s: hump_z(control) if control else float("nan"), 5.0,
         ),
         claim(
-            "the training set is memorized while the LLC rises (gain of train accuracy beyond that of any other stage)",
-            rising, lambda s: excess_change(series, "train_accuracy", s, stages), 0.5,
+            "the training set is memorized while the LLC rises (share of the gain of train accuracy, less that of time)",
+            rising, lambda s: concentration(series, "train_accuracy", s), CONCENTRATED,
         ),
         claim(
-            "the rule is found while the LLC falls (gain of test accuracy beyond that of any other stage)",
-            falling, lambda s: excess_change(series, "test_accuracy", s, stages), 0.5,
+            "the rule is found while the LLC falls (share of the gain of test accuracy, less that of time)",
+            falling, lambda s: concentration(series, "test_accuracy", s), CONCENTRATED,
         ),
     ]  # fmt: skip
 

@@ -153,7 +153,7 @@ def stage_row(stage: Stage) -> dict[str, str]:
         "end": f"{stage.end:.0f}",
         "interval": interval,
         "delta_llc": f"{stage.delta_llc:+.1f}",
-        "delta_loss": f"{stage.delta_loss:+.3g}" if math.isfinite(stage.delta_loss) else "–",
+        "delta_loss": "–" if stage.delta_loss is None else f"{stage.delta_loss:+.3g}",
     }
 
 

@@ -88,7 +88,7 @@ def scored_logits(
     point = f"blocks.{cfg.n_layers - 1}.hook_resid_{'mid' if has_resid_mid else 'post'}"
 
     def drop_unscored(resid: Tensor, hook: HookPoint) -> Tensor:
-        return resid[:, -n_scored:]
+        return resid[:, -n_scored:].contiguous()  # TransformerLens views it as a matrix
 
     return model.run_with_hooks(inputs, start_at_layer=start_at_layer, fwd_hooks=[*fwd_hooks, (point, drop_unscored)])
 

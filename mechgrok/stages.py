@@ -30,6 +30,7 @@ from mechgrok.types import Direction, LLCCurve, Stage
 N_GRID = 400
 DEFAULTS = StageConfig()
 MIN_POINTS = 6
+MIN_STAGE_POINTS = 3  # a change that rests on fewer estimates cannot be told from an outlier
 _DIRECTION: dict[int, Direction] = {1: "rising", -1: "falling", 0: "plateau"}
 
 
@@ -37,10 +38,13 @@ _DIRECTION: dict[int, Direction] = {1: "rising", -1: "falling", 0: "plateau"}
 class SmoothCurve:
     """The posterior on a grid of x = log(1 + step): mean and sd [grid], draws [draw, grid].
 
+    points: x of the estimates it was fitted to.
+
     evidence: log marginal likelihood in nats over that of a constant curve with white noise.
     """
 
     x: np.ndarray
+    points: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
     draws: np.ndarray
@@ -90,6 +94,7 @@ def smooth(curve: LLCCurve, config: StageConfig = DEFAULTS, component: str = "mo
     draws = mean + normal @ (vectors * np.sqrt(np.clip(values, 0, None))).T
     return SmoothCurve(
         x=grid,
+        points=x,
         mean=mean * scale + centre,
         sd=np.sqrt(np.clip(np.diag(covariance), 0, None)) * scale,
         draws=draws * scale + centre,
@@ -108,9 +113,9 @@ def detect_stages(
     """The stages of a component's LLC curve, in order, covering the run; none if the curve is flat.
 
     A curve counts as flat unless the smooth curve beats a constant by `config.min_evidence` nats.
-    A stage is kept if, with posterior probability `config.credible`, the curve changes over it in
-    the stage's direction and by at least `config.plateau` of the curve's range; other segments are
-    merged with their neighbours.
+    A stage is kept if it holds at least 3 estimates and, with posterior probability
+    `config.credible`, the curve changes over it in the stage's direction and by at least
+    `config.plateau` of the curve's range; other segments are merged with their neighbours.
 
     Args:
         drop_unhealthy: find the stages from the healthy points alone, rather than raise.
@@ -152,7 +157,7 @@ def place_stages(curve: LLCCurve, fit: SmoothCurve, boundaries: Sequence[float])
     edges = [float(curve.steps[0]), *boundaries, float(curve.steps[-1])]
     for i, (start, end) in enumerate(pairwise(edges)):
         change = fit.at(end) - fit.at(start)
-        delta_loss = float("nan")
+        delta_loss = None
         if curve.init_loss is not None:
             losses = np.interp(np.log1p([start, end]), np.log1p(curve.steps), curve.init_loss)
             delta_loss = float(losses[1] - losses[0])
@@ -185,6 +190,8 @@ def _doubt(fit: SmoothCurve, segment: Segment, config: StageConfig, min_width: f
     first, last, sign = segment
     if sign == 0:
         return 1 - (fit.x[last] - fit.x[first]) / min_width
+    if np.sum((fit.points >= fit.x[first]) & (fit.points <= fit.x[last])) < MIN_STAGE_POINTS:
+        return 1.0
     change = sign * (fit.draws[:, last] - fit.draws[:, first])
     return config.credible - float(np.mean(change > config.plateau * np.ptp(fit.mean)))
 

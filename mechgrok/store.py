@@ -163,10 +163,11 @@ class RunDirectory:
         return self.path / "llc" / setting / component / f"step-{step:08d}.safetensors"
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        # JSON keeps floats exactly and, unlike strict JSON, NaN: a diverged estimate is a value.
-        text = json.dumps({"config": self.digest, **metadata}, sort_keys=True)
+        # One metadata key alone: safetensors writes several in no fixed order, and equal runs should be equal files.
+        record = {"config": self.digest, **metadata}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _write_atomically(path, save(plain, {"mechgrok": text, "sha256": _digest(plain, text)}))
+        signed = {"record": record, "sha256": _digest(plain, record)}
+        _write_atomically(path, save(plain, {"mechgrok": json.dumps(signed, sort_keys=True)}))
 
     def _read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
@@ -177,10 +178,13 @@ class RunDirectory:
             raise CheckpointError(f"{path} is missing; run `mechgrok run` again to make it") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); {_REMEDY}") from None
-        text = metadata.get("mechgrok", "")
-        if metadata.get("sha256") != _digest(tensors, text):
+        try:
+            signed = json.loads(metadata["mechgrok"])
+            record, intact = signed["record"], signed["sha256"] == _digest(tensors, signed["record"])
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise CheckpointError(f"{path} was not written by mechgrok; {_REMEDY}") from None
+        if not intact:
             raise CheckpointError(f"{path} was altered since mechgrok wrote it (SHA-256 differs); {_REMEDY}")
-        record = json.loads(text)
         if record["config"] != self.digest:
             raise CheckpointError(f"{path} belongs to another configuration; {_REMEDY}")
         return tensors, record
@@ -220,9 +224,9 @@ def _read_config(path: Path) -> RunConfig:
     return parse_config(text, str(path / CONFIG))
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 over the metadata text and every tensor's name, dtype, shape and bytes."""
-    sha = hashlib.sha256(text.encode())
+def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
+    """SHA-256 over the metadata as canonical JSON, which keeps floats exactly, and over every tensor."""
+    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

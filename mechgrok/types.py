@@ -239,7 +239,7 @@ class Stage:
 
     start_interval, end_interval: credible intervals of the boundaries, None at the run's own ends.
     delta_llc: change of the smoothed LLC over the stage; delta_loss: change of the loss, nats
-    (NaN where the curve does not know the loss).
+    (None where the curve does not know the loss).
     """
 
     name: str
@@ -249,7 +249,7 @@ class Stage:
     start_interval: tuple[float, float] | None
     end_interval: tuple[float, float] | None
     delta_llc: float
-    delta_loss: float
+    delta_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ class Claim:
     """A number, what it is held against, and how often a random placement of the stages does as well.
 
     null_quantile: share of random placements whose value is less in favour of the claim, ties
-    counted half; .5 when the value does not depend on where the stages lie, None before scoring.
+    counted half; .5 when the value does not depend on where the stages lie; None before scoring,
+    and where there is nothing to compare.
     """
 
     text: str

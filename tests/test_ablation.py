@@ -1,0 +1,68 @@
+"""Ablation on a model with one head that matters and one that is dead by construction."""
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+from mechgrok import seeds
+from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
+from mechgrok.model import build_model, model_losses
+from mechgrok.tasks import make_split
+from tests.oracles import planted_fourier_model, tiny_config
+
+SPLIT = make_split(tiny_config().task, 0)
+
+
+def with_dead_head() -> HookedTransformer:
+    model = build_model(tiny_config().model, SPLIT, 0)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[1] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("kind", ABLATION_KINDS)
+def test_a_dead_head_costs_exactly_nothing_and_a_live_one_does(kind) -> None:
+    effect = head_ablations(with_dead_head(), SPLIT.train, kind, seeds.stream(0))
+    assert effect.shape == (2, len(SPLIT.train))
+    assert torch.equal(effect[1], torch.zeros(len(SPLIT.train), dtype=torch.float64))
+    assert effect[0].abs().max() > 1e-3
+
+
+def test_zero_ablation_equals_a_model_without_that_heads_output() -> None:
+    model = with_dead_head()
+    effect = head_ablations(model, SPLIT.train, "zero", seeds.stream(0))[0]
+    before = model_losses(model, *SPLIT.train.tensors)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[0] = 0.0
+        torch.testing.assert_close(effect, model_losses(model, *SPLIT.train.tensors) - before)
+
+
+def test_mean_ablation_equals_a_model_that_writes_the_mean() -> None:
+    model = with_dead_head()
+    _, cache = model.run_with_cache(SPLIT.train.tokens)
+    written = torch.einsum("e,ed->d", cache["blocks.0.attn.hook_z"][:, -1, 0].mean(0), model.W_O[0, 0]).detach()
+    effect = head_ablations(model, SPLIT.train, "mean", seeds.stream(0))[0]
+    before = model_losses(model, *SPLIT.train.tensors).detach()
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[0] = 0.0
+        model.blocks[0].attn.b_O += written  # right at the last position, the only one that is scored
+        torch.testing.assert_close(effect, model_losses(model, *SPLIT.train.tensors) - before, atol=1e-6, rtol=1e-5)
+
+
+def test_resampling_changes_a_heads_output_to_that_of_other_examples() -> None:
+    """The planted adder answers for the pair that it was given: resampled, it answers for another."""
+    model, split = planted_fourier_model(11, (1, 2, 4))
+    everything = split.train + split.test
+    effect = head_ablations(model, everything, "resample", seeds.stream(0))[0]
+    others = torch.randperm(len(everything), generator=seeds.stream(0))
+    same_answer = everything.targets[others, -1] == everything.targets[:, -1]
+    assert effect[same_answer].median() < 0.1
+    assert effect[~same_answer].median() > 1.0
+
+
+def test_no_hook_is_left_behind() -> None:
+    model = with_dead_head()
+    before = model(SPLIT.train.tokens)
+    for kind in ABLATION_KINDS:
+        head_ablations(model, SPLIT.train, kind, seeds.stream(0))
+    assert torch.equal(model(SPLIT.train.tokens), before)

@@ -1,0 +1,141 @@
+"""The contract of analyses: one common test for all of them, and the chance level of claims."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import analyses
+from analyses import contract, grokking
+from mechgrok.errors import AnalysisError
+from mechgrok.stages import place_stages, smooth
+from mechgrok.types import Claim, LLCCurve, Study
+from tests.oracles import tiny_config
+from tests.test_stages import PEAK, STEPS, X, hump
+
+
+@pytest.mark.parametrize("name", analyses.REGISTRY)
+def test_every_analysis_keeps_the_contract(name: str, tiny_run: tuple) -> None:
+    study: Study = tiny_run[1]
+    step = study.trajectory.steps[-1]
+    model = study.trajectory.model_at(step)
+    before = {key: q.detach().clone() for key, q in model.named_parameters()}
+    state = torch.random.get_rng_state()
+    report, again = analyses.run(name, study), analyses.run(name, study)
+    assert report.claims and report.series
+    for key, values in report.series.items():
+        assert len(values) == len(study.trajectory.steps), key
+        np.testing.assert_array_equal(values, again.series[key])
+    assert [repr(claim) for claim in report.claims] == [repr(claim) for claim in again.claims]
+    assert {claim.stage for claim in report.claims} <= {stage.name for stage in study.stages} | {"none"}
+    figures = contract.load(name).plot(report, study)
+    assert figures
+    assert torch.equal(torch.random.get_rng_state(), state)
+    after = study.trajectory.model_at(step)
+    assert all(torch.equal(q, before[key]) for key, q in after.named_parameters())
+
+
+@pytest.mark.parametrize("name", analyses.REGISTRY)
+def test_without_stages_no_claim_holds(name: str, tiny_run: tuple) -> None:
+    report = analyses.run(name, replace(tiny_run[1], stages=()))
+    assert report.claims
+    for claim in report.claims:
+        assert (claim.stage, claim.holds, claim.null_quantile) == ("none", False, None)
+
+
+@pytest.mark.parametrize("name", analyses.REGISTRY)
+def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(name: str, tiny_run: tuple) -> None:
+    """The same untrained model at every step, under stages that were planted: no gain can hold."""
+    study: Study = tiny_run[1]
+    first = study.trajectory.model_at(0)
+    steps = np.array(study.trajectory.steps)
+    rise_and_fall = np.minimum(np.arange(len(steps)), 5.0)[None] - 2 * np.maximum(np.arange(len(steps)) - 4.0, 0)[None]
+    curve = LLCCurve(steps=steps, components=("model",), llc=rise_and_fall, std_error=np.full((1, len(steps)), 0.1))
+    stages = place_stages(curve, smooth(curve), [float(steps[4])])
+    assert [stage.direction for stage in stages] == ["rising", "falling"]
+    untrained = replace(study.trajectory, load=lambda step: first)
+    report = analyses.run(name, replace(study, trajectory=untrained, curve=curve, stages=stages))
+    holding = [claim.text for claim in report.claims if claim.holds]
+    # What is said of the LLC itself is true of the planted curve; ranks and levels of one model are constant.
+    allowed = ("the LLC rises, then falls", "zero, mean and resample", "without the key", "test accuracy is at chance")
+    assert [text for text in holding if not text.startswith(allowed)] == []
+
+
+def test_unknown_and_inapplicable_analyses_are_refused(tiny_run: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AnalysisError, match="unknown analysis 'forier'; analyses are grokking, fourier"):
+        analyses.run("forier", tiny_run[1])
+    monkeypatch.setattr(grokking, "TASKS", ("sorting",))
+    with pytest.raises(AnalysisError, match="applies to sorting, not to 'modular-addition'"):
+        analyses.run("grokking", tiny_run[1])
+
+
+NAN = float("nan")
+
+
+class Invented:
+    """One claim that belongs to the falling stage, one against it, one that knows no stage."""
+
+    NAME = "invented"
+
+    @staticmethod
+    def conclude(series, stages, curve):
+        falling = contract.strongest(stages, "falling")
+        return [
+            contract.claim("tied", falling, lambda s: contract.concentration(series, "y", s), 0.5),
+            contract.claim("against", falling, lambda s: contract.concentration(series, "y", s), 0.5, "<="),
+            contract.claim("constant", stages[-1], lambda s: 1.0, 0.5),
+        ]
+
+
+def test_a_claim_that_belongs_to_its_stage_beats_random_stages_and_a_constant_one_does_not(tiny_run: tuple) -> None:
+    rng = np.random.default_rng(0)
+    noisy = hump(X)[None] + rng.normal(size=(1, len(X)))
+    curve = LLCCurve(steps=STEPS, components=("model",), llc=noisy, std_error=np.ones((1, len(X))))
+    end = 1500.0
+    stages = place_stages(curve, smooth(curve), [30.0, PEAK, end])
+    # y grows in the falling stage only, evenly over all of it.
+    low, high = np.log1p(PEAK), np.log1p(end)
+    series = {"step": STEPS, "y": np.clip((X - low) / (high - low), 0, 1)}
+    study = replace(tiny_run[1], config=tiny_config(analyses={"n_null": 200}), curve=curve, stages=stages)
+    tied, against, constant = contract.score(Invented(), series, study)
+    assert tied.value == pytest.approx(1 - (high - low) / X[-1], abs=0.1) and tied.holds
+    assert tied.null_quantile > 0.95
+    assert not against.holds and against.null_quantile < 0.05
+    assert constant.null_quantile == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "relation", "holds"),
+    [
+        (1.0, ">=", True),
+        (0.4, ">=", False),
+        (0.4, "<=", True),
+        (0.6, "<=", False),
+        (NAN, ">=", False),
+        (NAN, "<=", False),
+    ],
+)
+def test_a_claim_holds_by_its_relation_and_never_for_nan(value: float, relation: str, holds: bool) -> None:
+    assert Claim("c", "S1", value, 0.5, relation).holds is holds
+
+
+def invented_run(memorized: int, generalized: int | None) -> dict:
+    steps = np.array([0, 10, 100, 1000, 3000])
+    test = np.zeros(5) if generalized is None else (steps >= generalized).astype(float)
+    return {"step": steps, "train_accuracy": (steps >= memorized).astype(float), "test_accuracy": test}
+
+
+def test_landmarks_of_the_loss() -> None:
+    assert grokking.landmarks(invented_run(100, 3000)) == {"memorized": 100, "generalized": 3000}
+    never = grokking.landmarks(invented_run(100, None))
+    assert np.isnan(never["generalized"])
+    relapse = invented_run(100, 10)
+    relapse["test_accuracy"][3] = 0.5
+    assert grokking.landmarks(relapse)["generalized"] == 3000
+
+
+def test_series_are_read_between_checkpoints_on_log_steps() -> None:
+    series = {"step": np.array([0, 3, 15]), "y": np.array([0.0, 1.0, 3.0])}
+    assert contract.at(series, "y", 3) == 1.0
+    assert contract.at(series, "y", 7) == pytest.approx(2.0)  # log1p: ln 8 is midway between ln 4 and ln 16

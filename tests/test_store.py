@@ -1,0 +1,166 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mechgrok import pipeline
+from mechgrok.errors import CheckpointError, RunDirectoryError
+from mechgrok.store import RunDirectory, read_json, run_directories
+from mechgrok.types import CheckpointMetrics
+from tests.oracles import tiny_config
+
+METRICS = CheckpointMetrics(5, 0.1, 1 / 3, 1.0, float("nan"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", tiny_config())
+
+
+@pytest.fixture
+def copied(tiny_run: tuple, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run[0], tmp_path / "copy"))
+
+
+def test_checkpoints_keep_every_bit_and_their_metrics(run: RunDirectory) -> None:
+    tensors = {
+        "a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+        "b": torch.tensor([float("inf"), -0.0]),
+    }
+    run.write_checkpoint(tensors, METRICS)
+    read, metrics = run.read_checkpoint(5)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert repr(metrics) == repr(METRICS)
+    with safe_open(run.path / "checkpoints" / "step-00000005.safetensors", "pt") as file:
+        assert '"train_loss": 0.1' in file.metadata()["mechgrok"]  # plain text, readable without us
+
+
+def test_estimates_keep_every_number(tiny_run: tuple) -> None:
+    study = tiny_run[1]
+    run = RunDirectory.open(tiny_run[0])
+    llc = study.config.llc
+    estimate = run.read_estimate(40, "L0H1", llc.sampling)
+    assert estimate.llc == study.curve.llc[study.curve.row("L0H1"), -1]
+    assert estimate.llc == llc.sampling.nbeta * (estimate.losses.mean() - estimate.init_loss)
+    assert run.read_estimate(40, "L0H1", llc.control) is None  # the control follows the model alone
+    assert run.read_estimate(40, "model", llc.control).config == llc.control
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_text("note.txt", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_text("note.txt", "new")
+    assert (run.path / "note.txt").read_text() == "old"
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.toml", "note.txt"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_checkpoint_is_named(copied: Path, keep: int) -> None:
+    path = copied / "checkpoints" / "step-00000040.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"step-00000040.safetensors is truncated.*delete that file"):
+        pipeline.load_study(copied)
+
+
+def test_a_flipped_bit_an_edited_number_and_a_swapped_file_are_noticed(copied: Path) -> None:
+    path = copied / "checkpoints" / "step-00000040.safetensors"
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[-3] ^= 1
+    edited = good.replace(b'\\"test_accuracy\\": 0', b'\\"test_accuracy\\": 1')
+    assert edited != good
+    for bad in (bytes(flipped), edited):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="SHA-256 differs"):
+            pipeline.load_study(copied)
+    shutil.copy(copied / "checkpoints" / "step-00000000.safetensors", path)
+    with pytest.raises(CheckpointError, match="holds step 0"):
+        pipeline.load_study(copied)
+
+
+def test_an_estimate_under_another_name_is_noticed(copied: Path) -> None:
+    folder = copied / "llc" / "localization-100"
+    shutil.copy(folder / "L0H0" / "step-00000040.safetensors", folder / "L0H1" / "step-00000040.safetensors")
+    with pytest.raises(CheckpointError, match="holds another estimate than its name says"):
+        pipeline.load_study(copied)
+
+
+def test_foreign_safetensors_and_other_configurations_are_refused(copied: Path, tmp_path: Path) -> None:
+    path = copied / "checkpoints" / "step-00000040.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="was not written by mechgrok"):
+        pipeline.load_study(copied)
+    other = RunDirectory.create(tmp_path / "other", tiny_config(train={"weight_decay": 0.5}))
+    other.write_checkpoint({"a": torch.zeros(2)}, METRICS)
+    shutil.copy(other.path / "checkpoints" / "step-00000005.safetensors", path)
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        pipeline.load_study(copied)
+
+
+def test_a_changed_config_is_refused_and_nothing_is_lost(tiny_run: tuple) -> None:
+    path = tiny_run[0]
+    before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
+    with pytest.raises(RunDirectoryError, match=r"another configuration \(train.weight_decay: 1.0 -> 0.5\)"):
+        pipeline.run(tiny_config(train={"weight_decay": 0.5}), path, n_workers=1)
+    assert sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*")) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):
+        RunDirectory.create(tmp_path, tiny_config())
+    with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):
+        RunDirectory.open(tmp_path)
+    with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):
+        RunDirectory.create(tmp_path / "thesis.tex", tiny_config())
+
+
+def test_two_processes_do_not_write_one_run(run: RunDirectory) -> None:
+    second = RunDirectory.open(run.path)
+    in_use = pytest.raises(RunDirectoryError, match="in use by another mechgrok process")
+    with run.locked(), in_use, second.locked():
+        raise AssertionError("both hold the lock")
+
+
+def test_a_finished_run_is_not_done_again_and_reads_the_same(tiny_run: tuple) -> None:
+    path, study = tiny_run
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*.safetensors")}
+    again, loaded = pipeline.run(tiny_config(), path, n_workers=1), pipeline.load_study(path)
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*.safetensors")} == before
+    for other in (again, loaded):
+        assert np.array_equal(other.curve.llc, study.curve.llc)
+        assert other.stages == study.stages
+        assert other.trajectory.metrics == study.trajectory.metrics
+
+
+def test_an_unfinished_run_is_not_loaded(copied: Path) -> None:
+    (copied / "llc" / "localization-100" / "model" / "step-00000040.safetensors").unlink()
+    with pytest.raises(RunDirectoryError, match="31 of 32 estimates; run `mechgrok run` again"):
+        pipeline.load_study(copied)
+
+
+def test_a_deleted_checkpoint_is_made_again_with_the_same_bits(copied: Path, tiny_run: tuple) -> None:
+    names = [p.name for p in sorted((copied / "checkpoints").iterdir())]
+    for name in (names[2], names[-1]):
+        (copied / "checkpoints" / name).unlink()
+        pipeline.run(tiny_config(), copied, n_workers=1)
+        assert (copied / "checkpoints" / name).read_bytes() == (tiny_run[0] / "checkpoints" / name).read_bytes()
+
+
+def test_runs_are_found_and_bad_json_is_named(run: RunDirectory, tmp_path: Path) -> None:
+    assert run_directories(tmp_path) == [run.path]
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="bad.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(RunDirectoryError, match="cannot read"):
+        read_json(tmp_path / "none.json")
