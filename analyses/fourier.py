@@ -104,11 +104,11 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             falling, gain("logit_r2"), CONCENTRATED,
         ),
         claim(
-            "W_E becomes sparse in the Fourier basis while the LLC falls (share of the gain of Gini, less that of time)",
+            "W_E becomes Fourier-sparse while the LLC falls (share of the gain of Gini, less that of time)",
             falling, gain("gini_W_E"), CONCENTRATED,
         ),
         claim(
-            "W_L becomes sparse in the Fourier basis while the LLC falls (share of the gain of Gini, less that of time)",
+            "W_L becomes Fourier-sparse while the LLC falls (share of the gain of Gini, less that of time)",
             falling, gain("gini_W_L"), CONCENTRATED,
         ),
         claim(

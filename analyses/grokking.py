@@ -75,7 +75,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             hump, lambda s: hump_z(control) if control else float("nan"), 5.0,
         ),
         claim(
-            "the training set is memorized while the LLC rises (share of the gain of train accuracy, less that of time)",
+            "training pairs are memorized while the LLC rises (share of the gain of train accuracy, less that of time)",
             rising, lambda s: concentration(series, "train_accuracy", s), CONCENTRATED,
         ),
         claim(

@@ -35,10 +35,17 @@ def _about() -> None:
 @app.command()
 def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
-    from mechgrok import pipeline
-
     with _progress() as progress:
-        study = pipeline.run(source, out_dir, workers, progress)
+        progress("starting", 0, 1)  # TransformerLens takes seconds to import
+        from analyses import contract
+        from mechgrok import pipeline
+        from mechgrok.config import load_config
+
+        config = load_config(source)
+        for name in config.analyses.names:
+            contract.load(name)  # an unknown one is refused before hours of work
+        progress("starting", 1, 1)
+        study = pipeline.run(config, out_dir, workers, progress)
         reports = _analyse(study, study.config.analyses.names, progress)
         path = _write_report(study, reports, out_dir or Path("runs") / study.config.name)
     _print_stages(study.stages)

@@ -4,7 +4,7 @@ Every step reads what an earlier run of it left in the run directory, so a run t
 on where it stopped and ends in the same bits. Analyses take the `Study` from here; see `analyses`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from joblib import cpu_count
@@ -13,6 +13,7 @@ from mechgrok.components import expand_names
 from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
+from mechgrok.model import build_model
 from mechgrok.stages import detect_stages
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
@@ -42,11 +43,12 @@ def run(
         ConfigError, RunDirectoryError, CheckpointError: before or instead of any harm.
     """
     config = load_config(source)
-    directory = RunDirectory.create(out or Path("runs") / config.name, config)
     split = make_split(config.task, config.seed)
+    names = component_names(config, split)  # a name that the model lacks is refused before any work
+    directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         trajectory = train(directory, split, lambda done, total: progress("training", done, total))
-        curve = follow(directory, trajectory, split, n_workers, progress)
+        curve = follow(directory, trajectory, split, names, n_workers, progress)
         stages = find_stages(curve, config)
         directory.write_netcdf("llc.nc", curve.to_dataset())
     return Study(config, split, trajectory, curve, stages)
@@ -57,8 +59,8 @@ def train_only(
 ) -> Trajectory:
     """The first part of `run`: the trajectory alone."""
     config = load_config(source)
-    directory = RunDirectory.create(out or Path("runs") / config.name, config)
     split = make_split(config.task, config.seed)
+    directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         return train(directory, split, lambda done, total: progress("training", done, total))
 
@@ -73,29 +75,43 @@ def load_study(path: str | Path) -> Study:
     config = directory.config
     split = make_split(config.task, config.seed)
     trajectory = load_trajectory(directory, split)
-    units = curve_units(trajectory)
+    names = component_names(config, split)
+    units = curve_units(config, names, trajectory.steps)
     found = stored_estimates(directory, units)
     if len(found) < len(units):
         raise RunDirectoryError(
             f"{directory.path} has {len(found)} of {len(units)} estimates; run `mechgrok run` again to finish it"
         )
-    curve = curve_of(found, trajectory)
+    curve = curve_of(found, config, names)
     return Study(config, split, trajectory, curve, find_stages(curve, config))
 
 
 def unhealthy_estimates(path: str | Path) -> dict[Unit, LLCEstimate]:
     """Those estimates of a run that are not healthy; `health.reasons` says why and what to change."""
     directory = RunDirectory.open(path)
-    trajectory = load_trajectory(directory, make_split(directory.config.task, directory.config.seed))
-    found = stored_estimates(directory, curve_units(trajectory))
+    config = directory.config
+    split = make_split(config.task, config.seed)
+    steps = load_trajectory(directory, split).steps
+    found = stored_estimates(directory, curve_units(config, component_names(config, split), steps))
     return {unit: estimate for unit, estimate in found.items() if not estimate.health.healthy}
 
 
+def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
+    """The components that are followed, by name. Raises ComponentError for one that the model lacks."""
+    return expand_names(build_model(config.model, split, config.seed), config.llc.components)
+
+
 def follow(
-    directory: RunDirectory, trajectory: Trajectory, split: Split, n_workers: int | None, progress: Progress
+    directory: RunDirectory,
+    trajectory: Trajectory,
+    split: Split,
+    names: Sequence[str],
+    n_workers: int | None,
+    progress: Progress,
 ) -> LLCCurve:
     """The LLC of every component at every checkpoint, and of the model at the control localization."""
-    config, units = directory.config, curve_units(trajectory)
+    config = directory.config
+    units = curve_units(config, names, trajectory.steps)
     found = stored_estimates(directory, units)
     missing = [unit for unit in units if unit not in found]
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
@@ -104,7 +120,7 @@ def follow(
         directory.write_estimate(unit[0], estimate)
         found[unit] = estimate
         progress("sampling", len(found), len(units))
-    return curve_of(found, trajectory)
+    return curve_of(found, config, names)
 
 
 def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
@@ -112,12 +128,11 @@ def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
     return detect_stages(curve, config.stages, drop_unhealthy=True, seed=config.seed)
 
 
-def curve_units(trajectory: Trajectory) -> list[Unit]:
+def curve_units(config: RunConfig, names: Sequence[str], steps: Sequence[int]) -> list[Unit]:
     """All units of work of a study, the dearest first."""
-    llc = trajectory.config.llc
-    names = expand_names(trajectory.model_at(trajectory.steps[-1]), llc.components)
-    whole = [(step, "model", config) for config in (llc.sampling, llc.control) for step in trajectory.steps]
-    return whole + [(step, name, llc.sampling) for name in names if name != "model" for step in trajectory.steps]
+    sampling, control = config.llc.sampling, config.llc.control
+    whole = [(step, "model", setting) for setting in (sampling, control) for step in steps]
+    return whole + [(step, name, sampling) for name in names if name != "model" for step in steps]
 
 
 def stored_estimates(directory: RunDirectory, units: list[Unit]) -> dict[Unit, LLCEstimate]:
@@ -126,9 +141,7 @@ def stored_estimates(directory: RunDirectory, units: list[Unit]) -> dict[Unit, L
     return {unit: estimate for unit, estimate in stored.items() if estimate is not None}
 
 
-def curve_of(found: dict[Unit, LLCEstimate], trajectory: Trajectory) -> LLCCurve:
+def curve_of(found: dict[Unit, LLCEstimate], config: RunConfig, names: Sequence[str]) -> LLCCurve:
     """The curve of all components, with the whole model's at the control localization beside it."""
-    llc = trajectory.config.llc
-    names = expand_names(trajectory.model_at(trajectory.steps[-1]), llc.components)
-    control = assemble_curve(found, ["model"], llc.control)
-    return assemble_curve(found, names, llc.sampling, control)
+    control = assemble_curve(found, ["model"], config.llc.control)
+    return assemble_curve(found, names, config.llc.sampling, control)

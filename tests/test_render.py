@@ -1,0 +1,97 @@
+"""The report: self-contained, escaped, the same numbers in all three forms."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+import analyses
+from analyses import render
+from mechgrok.types import Study
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_run: tuple) -> list:
+    return [analyses.run(name, tiny_run[1]) for name in analyses.REGISTRY]
+
+
+class Page(HTMLParser):
+    """Collects addresses, the text, and whether tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses, self.text, self.open_tags, self.images = [], [], [], 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.images += tag == "img"
+        self.addresses += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("img", "meta", "br", "link"):
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open_tags and self.open_tags[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def page_of(study: Study, reports: list) -> Page:
+    page = Page()
+    page.feed(render.to_html(study, reports))
+    page.close()
+    return page
+
+
+def test_the_page_needs_no_network_and_closes_every_tag(tiny_run: tuple, reports: list) -> None:
+    page = page_of(tiny_run[1], reports)
+    assert page.open_tags == []
+    assert page.images >= 6
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    text = render.to_html(tiny_run[1], reports)
+    assert text.count("</script>") == 2  # the bundle once, and the call
+    outside_bundle = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"https?://(?!www\.w3\.org)", outside_bundle)
+
+
+def test_what_the_page_shows_is_escaped(tiny_run: tuple, reports: list) -> None:
+    evil = '<script>alert("x")</script>'
+    study: Study = tiny_run[1]
+    labels = tuple(evil for _ in study.split.labels)
+    claims = tuple(replace(claim, text=evil) for claim in reports[0].claims)
+    spoiled = replace(
+        study, split=replace(study.split, labels=labels), config=study.config.model_copy(update={"name": evil})
+    )
+    text = render.to_html(spoiled, [replace(reports[0], claims=claims), *reports[1:]])
+    assert evil not in text
+    assert "&lt;script&gt;alert" in text
+    page = page_of(spoiled, [replace(reports[0], claims=claims)])
+    assert page.open_tags == []
+    assert text.count("</script>") == 2
+
+
+def test_the_three_forms_bear_the_same_claims(tiny_run: tuple, reports: list) -> None:
+    study = tiny_run[1]
+    data = json.loads(json.dumps(render.to_json(study, reports), allow_nan=False))
+    markdown, page = render.to_markdown(study, reports), " ".join(page_of(study, reports).text)
+    for report in reports:
+        for claim, stored in zip(report.claims, data["reports"][report.analysis]["claims"], strict=True):
+            assert stored["holds"] == claim.holds
+            assert stored["value"] == (claim.value if math.isfinite(claim.value) else None)
+            assert f"| {claim.text} |" in markdown
+            assert claim.text in page
+    assert data["curves"]["main"]["llc"][0] == study.curve.llc[0].tolist()
+    assert data["config"]["llc"]["sampling"]["nbeta"] == study.config.llc.sampling.nbeta
+    assert data["provenance"]["torch"] and data["provenance"]["seed"] == "0"
+
+
+def test_rendering_twice_gives_the_same_page(tiny_run: tuple, reports: list) -> None:
+    assert render.to_html(tiny_run[1], reports) == render.to_html(tiny_run[1], reports)
+
+
+def test_a_run_without_stages_says_so(tiny_run: tuple, reports: list) -> None:
+    study = replace(tiny_run[1], stages=())
+    assert "No stage: the curve cannot be told from a constant" in render.to_html(study, reports)
