@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analyses import contract, grokking
 from mechgrok import plotting
-from mechgrok.stages import smooth
+from mechgrok.stages import MIN_POINTS, smooth, usable_points
 from mechgrok.types import Claim, Report, Stage, Study
 
 PACKAGES = (
@@ -87,10 +87,11 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
 
 def to_html(study: Study, reports: Sequence[Report]) -> str:
     """The report as one file: figures inlined as SVG, circuitsvis' script once, every text escaped."""
-    fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
+    enough = usable_points(study.curve).sum() >= MIN_POINTS
+    fit = smooth(study.curve, study.config.stages, seed=study.config.seed) if enough else None
     llc_figures = {
         "LLC of the whole model, with 95 % intervals; right: the same at the control localization": plotting.llc_figure(
-            study.curve, study.stages, fit.steps, fit.mean, fit.sd
+            study.curve, study.stages, (fit.steps, fit.mean, fit.sd) if fit else None
         ),
         "Refined LLC of every head": plotting.components_figure(study.curve, study.stages),
     }
@@ -137,9 +138,11 @@ def health_note(study: Study) -> str:
     """How many estimates are healthy, and how many the stages do without."""
     healthy = study.curve.healthy
     left_out = int((~healthy[study.curve.row("model")]).sum())
+    usable = int(usable_points(study.curve).sum())
+    few = f" Only {usable} were left, and stages need {MIN_POINTS}." if usable < MIN_POINTS else ""
     return (
         f"{int(healthy.sum())} of {healthy.size} estimates are healthy; "
-        f"{left_out} of the model's were left out when the stages were found."
+        f"{left_out} of the model's were left out when the stages were found.{few}"
     )
 
 

@@ -204,7 +204,9 @@ def _print_stages(found: "Sequence[Stage]") -> None:
     from analyses.render import stage_row
 
     if not found:
-        out.print("no stage: the LLC curve cannot be told from a constant")
+        out.print(
+            "no stage was found: the LLC curve cannot be told from a constant, or too few of its points are healthy"
+        )
         return
     titles = ("stage", "LLC", "from", "to", "end, 95 % interval", "change of LLC", "of train loss")
     table = Table(*titles, title="stages of the LLC", title_justify="left", box=box.SIMPLE)

@@ -14,7 +14,7 @@ from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
 from mechgrok.model import build_model
-from mechgrok.stages import detect_stages
+from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.train import load_trajectory, train
@@ -124,7 +124,12 @@ def follow(
 
 
 def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
-    """The stages of the model's curve; unhealthy points are left out, and the report counts them."""
+    """The stages of the model's curve; unhealthy points are left out, and the report counts them.
+
+    None if too few points are left to find any: at the end of a long run that is a result, not an error.
+    """
+    if usable_points(curve).sum() < MIN_POINTS:
+        return ()
     return detect_stages(curve, config.stages, drop_unhealthy=True, seed=config.seed)
 
 

@@ -47,14 +47,19 @@ def mark_steps(ax: Axes, landmarks: Mapping[str, float]) -> None:
         ax.text(step, 0.5 + 0.1 * i, f" {name}", transform=ax.get_xaxis_transform(), color=LANDMARK, fontsize=8)
 
 
-def llc_figure(curve: LLCCurve, stages: Sequence[Stage], grid: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> Figure:
-    """The model's LLC: estimates with 95 % intervals and the smooth curve (mean +- 1.96 sd) on steps `grid`.
+def llc_figure(
+    curve: LLCCurve, stages: Sequence[Stage], smooth: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+) -> Figure:
+    """The model's LLC: estimates with 95 % intervals and, if given, the smooth curve.
 
+    smooth: (steps, mean, sd), drawn as mean +- 1.96 sd.
     Where the curve has a control, that stands in a panel of its own with an axis of its own.
     """
     fig, axes = panels(1 if curve.control is None else 2, height=3.8)
-    axes[0].fill_between(grid, mean - 1.96 * sd, mean + 1.96 * sd, color=INK, alpha=0.25, lw=0)
-    axes[0].plot(grid, mean, color=INK, lw=1.5)
+    if smooth is not None:
+        steps, mean, sd = smooth
+        axes[0].fill_between(steps, mean - 1.96 * sd, mean + 1.96 * sd, color=INK, alpha=0.25, lw=0)
+        axes[0].plot(steps, mean, color=INK, lw=1.5)
     for ax, of in zip(axes, (curve, curve.control), strict=False):
         assert of is not None
         _points(ax, of, "model", INK)

@@ -30,7 +30,9 @@ from mechgrok.types import Direction, LLCCurve, Stage
 N_GRID = 400
 DEFAULTS = StageConfig()
 MIN_POINTS = 6
-MIN_STAGE_POINTS = 3  # a change that rests on fewer estimates cannot be told from an outlier
+# A change that rests on fewer estimates cannot be told from an outlier; at the ends of the run, where
+# nothing supports an estimate from the other side, one more is asked for.
+MIN_STAGE_POINTS = 2
 _DIRECTION: dict[int, Direction] = {1: "rising", -1: "falling", 0: "plateau"}
 
 
@@ -59,15 +61,20 @@ class SmoothCurve:
         return float(np.interp(np.log1p(step), self.x, self.mean))
 
 
+def usable_points(curve: LLCCurve, component: str = "model") -> np.ndarray:
+    """Which checkpoints have a healthy estimate of finite values: bool[checkpoint]."""
+    row = curve.row(component)
+    return curve.healthy[row] & np.isfinite(curve.llc[row]) & np.isfinite(curve.std_error[row])
+
+
 def smooth(curve: LLCCurve, config: StageConfig = DEFAULTS, component: str = "model", seed: int = 0) -> SmoothCurve:
     """Gaussian-process posterior of one component's curve from its healthy points.
 
     Raises:
         ShapeError: fewer than 6 healthy points with finite values.
     """
-    row = curve.row(component)
+    row, usable = curve.row(component), usable_points(curve, component)
     llc, std_error = curve.llc[row], curve.std_error[row]
-    usable = curve.healthy[row] & np.isfinite(llc) & np.isfinite(std_error)
     if usable.sum() < MIN_POINTS:
         raise ShapeError(
             f"stages of {component!r} need at least {MIN_POINTS} healthy points, there are {int(usable.sum())}; "
@@ -113,7 +120,7 @@ def detect_stages(
     """The stages of a component's LLC curve, in order, covering the run; none if the curve is flat.
 
     A curve counts as flat unless the smooth curve beats a constant by `config.min_evidence` nats.
-    A stage is kept if it holds at least 3 estimates and, with posterior probability
+    A stage is kept if it holds at least 2 estimates (3 at an end of the run) and, with posterior probability
     `config.credible`, the curve changes over it in the stage's direction and by at least
     `config.plateau` of the curve's range; other segments are merged with their neighbours.
 
@@ -190,7 +197,8 @@ def _doubt(fit: SmoothCurve, segment: Segment, config: StageConfig, min_width: f
     first, last, sign = segment
     if sign == 0:
         return 1 - (fit.x[last] - fit.x[first]) / min_width
-    if np.sum((fit.points >= fit.x[first]) & (fit.points <= fit.x[last])) < MIN_STAGE_POINTS:
+    at_an_end = first == 0 or last == len(fit.x) - 1
+    if np.sum((fit.points >= fit.x[first]) & (fit.points <= fit.x[last])) < MIN_STAGE_POINTS + at_an_end:
         return 1.0
     change = sign * (fit.draws[:, last] - fit.draws[:, first])
     return config.credible - float(np.mean(change > config.plateau * np.ptp(fit.mean)))

@@ -64,9 +64,9 @@ def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], p
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
     )
-    first = _restore(run, model, optimizer, steps)
-    for step in range(first, config.n_steps + 1):
-        if step in steps:
+    resumed = _restore(run, model, optimizer, steps)
+    for step in range(resumed or 0, config.n_steps + 1):
+        if step in steps and not (step == resumed and run.has_checkpoint(step)):
             run.write_checkpoint(dict(model.named_parameters()), _metrics(model, split, step))
             run.write_training_state(step, _state_tensors(model, optimizer))
             progress(step, config.n_steps)
@@ -91,14 +91,14 @@ def _state_tensors(model: HookedTransformer, optimizer: torch.optim.Optimizer) -
 
 def _restore(
     run: RunDirectory, model: HookedTransformer, optimizer: torch.optim.Optimizer, steps: tuple[int, ...]
-) -> int:
-    """Load the last training state into model and optimizer; the step to go on from, 0 if there is none.
+) -> int | None:
+    """Load the last training state into model and optimizer; the step to go on from, None if there is none.
 
     A checkpoint that was deleted from before the saved state can only be made again from the start.
     """
     saved = run.read_training_state()
     if saved is None or not all(run.has_checkpoint(step) for step in steps if step < saved[0]):
-        return 0
+        return None
     step, tensors = saved
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -42,8 +42,8 @@ def tiny_config(**changes: dict) -> RunConfig:
         "llc": {
             "components": ("model", "heads"), "control_localization": 400.0, "n_threads": 1,
             "sampling": {
-                "nbeta": 10.0, "step_size": 1e-3, "localization": 100.0,
-                "n_chains": 2, "n_draws": 16, "n_burnin": 4, "batch_size": 8,
+                "nbeta": 10.0, "step_size": 1e-3, "localization": 200.0,
+                "n_chains": 2, "n_draws": 32, "n_burnin": 8, "batch_size": 8,
             },
         },
         "stages": {"n_posterior": 50},

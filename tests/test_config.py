@@ -46,7 +46,7 @@ def test_toml_keeps_every_number_and_the_digest_tells_them_apart(nbeta, step, ga
         (("nbeta = 10.0", "betta = 10.0"), "unknown key 'betta'"),
         (("n_chains = 2", "n_chains = 1"), "n_chains"),
         (('"model",', ""), 'components must hold "model"'),
-        (("control_localization = 400.0", "control_localization = 100.0"), "must differ"),
+        (("control_localization = 400.0", "control_localization = 200.0"), "must differ"),
         (('name = "tiny"', 'name = "../../etc"'), "name"),
         (("p = 7", "p = "), "not valid TOML"),
     ],

@@ -139,3 +139,18 @@ def test_series_are_read_between_checkpoints_on_log_steps() -> None:
     series = {"step": np.array([0, 3, 15]), "y": np.array([0.0, 1.0, 3.0])}
     assert contract.at(series, "y", 3) == 1.0
     assert contract.at(series, "y", 7) == pytest.approx(2.0)  # log1p: ln 8 is midway between ln 4 and ln 16
+
+
+def test_too_few_healthy_points_end_in_a_report_not_in_an_error(tiny_run: tuple) -> None:
+    from analyses import render
+    from mechgrok.pipeline import find_stages
+
+    study: Study = tiny_run[1]
+    healthy = np.zeros_like(study.curve.healthy)
+    healthy[:, :3] = True
+    poor = replace(study, curve=replace(study.curve, healthy=healthy))
+    stages = find_stages(poor.curve, poor.config)
+    assert stages == ()
+    reports = [analyses.run("grokking", replace(poor, stages=stages))]
+    page = render.to_html(replace(poor, stages=stages), reports)
+    assert "Only 3 were left, and stages need 6" in page

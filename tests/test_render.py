@@ -94,4 +94,4 @@ def test_rendering_twice_gives_the_same_page(tiny_run: tuple, reports: list) -> 
 
 def test_a_run_without_stages_says_so(tiny_run: tuple, reports: list) -> None:
     study = replace(tiny_run[1], stages=())
-    assert "No stage: the curve cannot be told from a constant" in render.to_html(study, reports)
+    assert "No stage was found" in render.to_html(study, reports)
