@@ -47,7 +47,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
 
     def kinds_agree(stage: Stage) -> float:
         effects = [heads_at(series, f"{kind}_train", stage.end) for kind in ABLATION_KINDS]
-        return min(float(spearmanr(a, b).statistic) for a, b in combinations(effects, 2))
+        return min(_rank_correlation(a, b) for a, b in combinations(effects, 2))
 
     def llc_agrees(stage: Stage) -> float:
         heads = [name for name in curve.components if name.startswith("L") and "H" in name]
@@ -55,7 +55,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             return float("nan")
         rows = [curve.row(name) for name in heads]
         llcs = [np.interp(np.log1p(stage.start), np.log1p(curve.steps), curve.llc[row]) for row in rows]
-        return float(spearmanr(llcs, heads_at(series, "zero_train", stage.start)).statistic)
+        return _rank_correlation(np.array(llcs), heads_at(series, "zero_train", stage.start))
 
     return [
         claim(
@@ -73,6 +73,13 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     ]  # fmt: skip
 
 
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, NaN for fewer than 4 heads (two are always ranked alike or opposite) and for constants."""
+    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)
+
+
 def heads_at(series: Series, name: str, step: float) -> np.ndarray:
     """A [checkpoint, head] series at a step, linear in log(1 + step): [head]."""
     x = np.log1p(series["step"])
@@ -85,6 +92,6 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     for ax, kind in zip(axes, ABLATION_KINDS, strict=True):
         for index, head in enumerate(report.facts["heads"]):
             ax.plot(report.steps, report.series[f"{kind}_train"][:, index], label=head)
-        plotting.developmental_axis(ax, study.stages, f"{kind} ablation: increase of train loss (nats)")
+        plotting.developmental_axis(ax, study.stages, f"{kind} ablation (nats)")
     axes[0].legend(frameon=False, fontsize=8)
-    return {"Ablation of single heads": fig}
+    return {"Increase of the train loss when one head is ablated": fig}

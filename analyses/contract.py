@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
 from mechgrok.errors import AnalysisError
-from mechgrok.stages import place_stages, smooth
+from mechgrok.stages import place_stages, smooth, usable_points
 from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study
 
 Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
@@ -151,13 +151,11 @@ def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> fl
     return float(np.interp(points, np.log1p(series["step"]), series[name]).mean())
 
 
-def llc_z(curve: LLCCurve, stage: Stage, component: str = "model") -> float:
-    """Change of a component's LLC over a stage in units of its standard error, from healthy points."""
-    row = curve.row(component)
-    usable = curve.healthy[row] & np.isfinite(curve.llc[row])
+def llc_change(curve: LLCCurve, stage: Stage, component: str = "model") -> tuple[float, float]:
+    """(change of a component's LLC over a stage, its standard error), linear between healthy points."""
+    usable = usable_points(curve, component)
     if not usable.any():
-        return float("nan")
-    x, ends = np.log1p(curve.steps[usable]), np.log1p([stage.start, stage.end])
+        return float("nan"), float("nan")
+    row, x, ends = curve.row(component), np.log1p(curve.steps[usable]), np.log1p([stage.start, stage.end])
     start, end = np.interp(ends, x, curve.llc[row][usable])
-    errors = np.interp(ends, x, curve.std_error[row][usable])
-    return float((end - start) / np.hypot(*errors)) if np.any(errors > 0) else float("nan")
+    return float(end - start), float(np.hypot(*np.interp(ends, x, curve.std_error[row][usable])))

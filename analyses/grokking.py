@@ -12,9 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, at, claim, concentration, llc_z, strongest
+from analyses.contract import CONCENTRATED, Series, at, claim, concentration, llc_change, strongest
 from mechgrok import plotting
 from mechgrok.model import evaluate
+from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "grokking"
@@ -55,10 +56,15 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     last = stages[-1] if stages else None
     hump = falling if rising and falling and rising.start < falling.start else None
 
-    def hump_z(of: LLCCurve) -> float:
-        return min(llc_z(of, rising), -llc_z(of, falling)) if rising and falling else float("nan")
+    def hump_size(of: LLCCurve | None) -> float:
+        """Lower 95 % bound of the smaller of rise and fall, as a share of the range of the healthy points."""
+        if of is None or rising is None or falling is None:
+            return float("nan")
+        (rise, rise_error), (fall, fall_error) = llc_change(of, rising), llc_change(of, falling)
+        healthy = of.llc[of.row("model")][usable_points(of)]
+        spread = float(np.ptp(healthy)) if healthy.size else 0.0
+        return min(rise - 1.96 * rise_error, -fall - 1.96 * fall_error) / spread if spread > 0 else float("nan")
 
-    control = curve.control
     return [
         claim(
             "the final model answers every test pair (test accuracy)",
@@ -69,10 +75,13 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             "test accuracy is at chance when the training set is memorized",
             last, lambda s: at_memorization, 0.05, "<=",
         ),
-        claim("the LLC rises, then falls (smaller change, in standard errors)", hump, lambda s: hump_z(curve), 5.0),
         claim(
-            "the same at the control localization (in standard errors)",
-            hump, lambda s: hump_z(control) if control else float("nan"), 5.0,
+            "the LLC rises, then falls (smaller change less 1.96 standard errors, as a share of the curve's range)",
+            hump, lambda s: hump_size(curve), 0.5,
+        ),
+        claim(
+            "the same at the control localization, in the same stages",
+            hump, lambda s: hump_size(curve.control), 0.5,
         ),
         claim(
             "training pairs are memorized while the LLC rises (share of the gain of train accuracy, less that of time)",

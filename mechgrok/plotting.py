@@ -91,10 +91,10 @@ def to_svg(fig: Figure) -> str:
 
 
 def _points(ax: Axes, curve: LLCCurve, component: str, color: Any) -> None:
-    """Estimates with 95 % intervals; unhealthy ones as red crosses."""
+    """Estimates with 95 % intervals; unhealthy ones as black crosses."""
     row = curve.row(component)
     healthy = curve.healthy[row]
-    for mask, style in ((healthy, {"fmt": "o", "color": color}), (~healthy, {"fmt": "x", "color": "#d62728"})):
+    for mask, style in ((healthy, {"fmt": "o", "color": color}), (~healthy, {"fmt": "x", "color": "black"})):
         if mask.any():
             error = 1.96 * curve.std_error[row][mask]
-            ax.errorbar(curve.steps[mask], curve.llc[row][mask], error, ms=3.5, lw=1, zorder=3, **style)
+            ax.errorbar(curve.steps[mask], curve.llc[row][mask], error, markersize=4, lw=1, zorder=3, **style)

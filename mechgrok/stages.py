@@ -3,8 +3,8 @@
 The curve is smoothed by Gaussian-process regression on log(1 + step): constant * RBF + white noise,
 beside the standard errors of the points, hyperparameters by marginal likelihood. A boundary is a
 critical point of the smooth curve: its slope changes sign, or falls to a plateau (|slope| below
-`plateau` of its largest) or leaves one. Stages are what lies between. Each boundary's interval is
-found by locating the same boundary in draws from the posterior.
+`plateau` of its largest) or leaves one. Stages are what lies between. Each boundary is located in
+every draw from the posterior: it is the median of these places, and their quantiles are its interval.
 
 The criterion (critical points of the LLC over log time) is that of Hoogland et al. 2024
 (arXiv:2402.02364); the white noise, the test against a constant curve, the merging of uncertain
@@ -144,8 +144,9 @@ def detect_stages(
     segments = _segments(fit, config)
     if len(segments) == 1 and segments[0][2] == 0:
         return ()
-    placed = place_stages(curve, fit, [float(fit.steps[first]) for first, _, _ in segments[1:]])
-    bounds = [None, *(_interval(fit, *pair, config) for pair in pairwise(segments)), None]
+    located = [_locate(fit, *pair, config) for pair in pairwise(segments)]
+    placed = place_stages(curve, fit, [middle for _, middle, _ in located])
+    bounds = [None, *((low, high) for low, _, high in located), None]
     return tuple(
         replace(stage, direction=_DIRECTION[sign], start_interval=bounds[i], end_interval=bounds[i + 1])
         for i, (stage, (_, _, sign)) in enumerate(zip(placed, segments, strict=True))
@@ -229,8 +230,8 @@ def _merge(fit: SmoothCurve, segments: list[Segment], at: int) -> list[Segment]:
     return [*segments[: at - 1], *middle, *segments[at + 2 :]]
 
 
-def _interval(fit: SmoothCurve, before: Segment, after: Segment, config: StageConfig) -> tuple[float, float]:
-    """Credible interval in steps of the boundary between two segments.
+def _locate(fit: SmoothCurve, before: Segment, after: Segment, config: StageConfig) -> tuple[float, float, float]:
+    """Lower end of the credible interval, median and upper end of the boundary between two segments, in steps.
 
     In every posterior draw the boundary is sought between the middles of its segments: the extreme
     point where the slope changes sign; else, going from the middle of the moving segment towards
@@ -250,8 +251,8 @@ def _interval(fit: SmoothCurve, before: Segment, after: Segment, config: StageCo
         else:
             found = np.where(is_moving.all(1), window.shape[1] - 1, np.argmin(is_moving, axis=1))
     tail = (1 - config.credible) / 2
-    left, right = np.quantile(fit.x[np.minimum(low + found, high - 1)], [tail, 1 - tail])
-    return float(np.expm1(left)), float(np.expm1(right))
+    left, middle, right = np.expm1(np.quantile(fit.x[np.minimum(low + found, high - 1)], [tail, 0.5, 1 - tail]))
+    return float(left), float(middle), float(right)
 
 
 def _fit(kernel: Any, x: np.ndarray, y: np.ndarray, noise: np.ndarray) -> GaussianProcessRegressor:
