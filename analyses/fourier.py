@@ -136,17 +136,22 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
         plotting.developmental_axis(ax, study.stages, label)
         ax.legend(frameon=False, fontsize=8)
 
-    spectra, axes = plotting.panels(2)
-    for ax, name, label in zip(axes, ("embedding_spectrum", "neuron_logit_spectrum"), ("$W_E$", "$W_L$"), strict=True):
-        norms = series[name]
-        for index in range(norms.shape[1]):
+    by_frequency, axes = plotting.panels(3)
+    labels = {
+        "embedding_spectrum": "norm of each frequency in $W_E$",
+        "neuron_logit_spectrum": "norm of each frequency in $W_L$",
+        "neurons_by_frequency": f"share of neurons with FVE > {fourier.FVE_CLUSTERED}",
+    }
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        values = series[name]
+        for index in range(values.shape[1]):
             is_key = index + 1 in keys
-            ax.plot(report.steps, norms[:, index], color=None if is_key else "0.8", lw=1.6 if is_key else 0.6,
+            ax.plot(report.steps, values[:, index], color=None if is_key else "0.8", lw=1.6 if is_key else 0.6,
                     label=f"k = {index + 1}" if is_key else None, zorder=2 if is_key else 1)  # fmt: skip
-        plotting.developmental_axis(ax, study.stages, f"norm of each frequency in {label}")
+        plotting.developmental_axis(ax, study.stages, label)
         if keys:
             ax.legend(frameon=False, fontsize=8)
-    return {"Progress measures": progress, f"Spectra; key frequencies {', '.join(map(str, keys))}": spectra}
+    return {"Progress measures": progress, f"By frequency; the keys are {', '.join(map(str, keys))}": by_frequency}
 
 
 def _halved(series: Series, name: str) -> float:
