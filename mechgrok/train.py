@@ -8,6 +8,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
+from mechgrok.reproducible import reproducible
 from mechgrok.store import RunDirectory
 from mechgrok.types import CheckpointMetrics, Split, Trajectory
 
@@ -38,12 +39,8 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
     config = run.config
     steps = checkpoint_steps(config.train.n_steps, config.train.n_checkpoints)
     if not all(run.has_checkpoint(step) for step in steps):
-        n_threads = torch.get_num_threads()
-        torch.set_num_threads(config.train.n_threads)
-        try:
+        with reproducible(config.train.n_threads):
             _train_to_the_end(run, split, steps, progress)
-        finally:
-            torch.set_num_threads(n_threads)
     return load_trajectory(run, split)
 
 

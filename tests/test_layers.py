@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
-    {"types", "errors", "seeds", "config"},
+    {"types", "errors", "seeds", "config", "reproducible"},
     {"tasks", "model", "components", "store", "stages", "sampling", "plotting", "regression"},
     {"train", "measures", "llc"},
     {"pipeline"},

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ShapeError
 from mechgrok.llc.estimate import estimate_llc
+from mechgrok.reproducible import reproducible
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
 
 if TYPE_CHECKING:
@@ -96,10 +96,6 @@ def _estimate_unit(
     trajectory: Trajectory, examples: Examples, unit: Unit, seed: int, n_threads: int
 ) -> tuple[Unit, LLCEstimate]:
     step, name, config = unit
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
+    with reproducible(n_threads):
         model = trajectory.model_at(step)
         return unit, estimate_llc(model, examples, component=name, config=config, seed=point_seed(seed, step))
-    finally:
-        torch.set_num_threads(before)
