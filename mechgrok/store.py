@@ -4,7 +4,7 @@
     checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
     training/state.safetensors      parameters and AdamW moments, to resume from
     llc/localization-<gamma>/<component>/step-00000100.safetensors   losses [chain, draw]; metadata: the estimate
-    llc.nc  stages.json  report.json  report.md  report.html
+    llc.nc  report.json  report.md  report.html
 
 The SHA-256 in a file's metadata covers its tensors and its other metadata, so a file that was cut or
 altered is refused with its name rather than read.
@@ -60,7 +60,7 @@ class RunDirectory:
                     "choose another --out, or go back to the settings in its config.toml"
                 )
             return run
-        if run.path.exists() and (not run.path.is_dir() or any(p.name != ".lock" for p in run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(not p.name.startswith(".") for p in run.path.iterdir())):
             raise RunDirectoryError(f"{run.path} exists and is not a mechgrok run; choose another --out")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,8 @@ class RunDirectory:
         """Hold the directory for writing; the lock falls when the process ends, however it ends."""
         try:
             with FileLock(self.path / ".lock", timeout=0):
+                for unfinished in self.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
+                    unfinished.unlink(missing_ok=True)
                 yield
         except Timeout:
             raise RunDirectoryError(f"{self.path} is in use by another mechgrok process; wait for it to end") from None
@@ -89,12 +91,9 @@ class RunDirectory:
         _write_atomically(self.path / name, text.encode())
         return self.path / name
 
-    def read_json(self, name: str) -> Any:
-        """The JSON file `name`. Raises RunDirectoryError if it is missing or malformed."""
-        return read_json(self.path / name)
-
     def write_json(self, name: str, value: Any) -> Path:
-        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        write_json(self.path / name, value)
+        return self.path / name
 
     def write_netcdf(self, name: str, dataset: Any) -> Path:
         """An xarray Dataset as netCDF 4."""
@@ -210,10 +209,7 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """A JSON file anywhere, atomically."""
-    try:
-        _write_atomically(Path(path), (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        raise RunDirectoryError(f"cannot write {path}: {error}") from None
+    _write_atomically(Path(path), (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _read_config(path: Path) -> RunConfig:
@@ -237,18 +233,22 @@ def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole, when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error}; make room or choose another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(run: RunDirectory, mo
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunDirectoryError, match="cannot write .*note.txt: disk full"):
         run.write_text("note.txt", "new")
     assert (run.path / "note.txt").read_text() == "old"
     assert sorted(p.name for p in run.path.iterdir()) == ["config.toml", "note.txt"]
@@ -123,6 +123,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path)
     with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):
         RunDirectory.create(tmp_path / "thesis.tex", tiny_config())
+
+
+def test_what_a_killed_process_left_is_swept_up_and_does_not_block_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / ".config.toml.ab12.tmp").write_text("name = ")  # killed while it wrote the very first file
+    run = RunDirectory.create(path, tiny_config())
+    with run.locked():
+        assert sorted(p.name for p in path.iterdir()) == [".lock", "config.toml"]
 
 
 def test_two_processes_do_not_write_one_run(run: RunDirectory) -> None:
