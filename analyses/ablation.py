@@ -1,5 +1,6 @@
 """Which heads carry the answer, and from which stage on: zero, mean and resample ablation of each."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -13,7 +14,10 @@ from transformer_lens import HookedTransformer
 from analyses.contract import Series, claim, strongest
 from mechgrok import plotting
 from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
+from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
+
+_HEAD = re.compile(r"L(\d+)H(\d+)")
 
 NAME = "ablation"
 TASKS = ("modular-addition",)
@@ -50,12 +54,9 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         return min(_rank_correlation(a, b) for a, b in combinations(effects, 2))
 
     def llc_agrees(stage: Stage) -> float:
-        heads = [name for name in curve.components if name.startswith("L") and "H" in name]
-        if len(heads) != series["zero_train"].shape[1]:
-            return float("nan")
-        rows = [curve.row(name) for name in heads]
-        llcs = [np.interp(np.log1p(stage.start), np.log1p(curve.steps), curve.llc[row]) for row in rows]
-        return _rank_correlation(np.array(llcs), heads_at(series, "zero_train", stage.start))
+        llcs = _head_llcs(curve, stage.start)
+        effects = heads_at(series, "zero_train", stage.start)
+        return _rank_correlation(llcs, effects) if len(llcs) == len(effects) else float("nan")
 
     return [
         claim(
@@ -73,9 +74,20 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     ]  # fmt: skip
 
 
+def _head_llcs(curve: LLCCurve, step: float) -> np.ndarray:
+    """The wrLLC of the followed heads at a step, from healthy points, in the model's order: [head]."""
+    found = sorted((int(m[1]), int(m[2]), name) for name in curve.components if (m := _HEAD.fullmatch(name)))
+    values = []
+    for _, _, name in found:
+        usable = usable_points(curve, name)
+        row, x = curve.llc[curve.row(name)], np.log1p(curve.steps)
+        values.append(np.interp(np.log1p(step), x[usable], row[usable]) if usable.any() else np.nan)
+    return np.array(values)
+
+
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, NaN for fewer than 4 heads (two are always ranked alike or opposite) and for constants."""
-    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < 4 or not np.ptp(a) > 0 or not np.ptp(b) > 0:
         return float("nan")
     return float(spearmanr(a, b).statistic)
 

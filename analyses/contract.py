@@ -11,8 +11,11 @@ from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
+from mechgrok.config import RunConfig
 from mechgrok.errors import AnalysisError
+from mechgrok.model import build_model
 from mechgrok.stages import place_stages, smooth, usable_points
+from mechgrok.tasks import make_split
 from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study
 
 Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
@@ -51,6 +54,17 @@ def load(name: str) -> Analysis:
     return cast(Analysis, importlib.import_module(f"analyses.{name}"))
 
 
+def check(name: str, config: RunConfig) -> None:
+    """Raise AnalysisError, before any work, if the analysis is unknown or cannot read the configured model."""
+    split = make_split(config.task, config.seed)
+    _prepared(load(name), build_model(config.model, split, config.seed), split)
+
+
+def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dict[str, Any]:
+    prepare = getattr(analysis, "prepare", None)
+    return prepare(model, split) if prepare else {}
+
+
 def run(name: str, study: Study) -> Report:
     """Measure every checkpoint, conclude, and score each claim against randomly placed stages.
 
@@ -67,8 +81,7 @@ def run(name: str, study: Study) -> Report:
     if task not in analysis.TASKS:
         raise AnalysisError(f"analysis {name!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
     final = study.trajectory.model_at(study.trajectory.steps[-1])
-    prepare = getattr(analysis, "prepare", None)
-    facts: dict[str, Any] = prepare(final, study.split) if prepare else {}
+    facts = _prepared(analysis, final, study.split)
     rows = [
         analysis.measure(model, study.split, seeds.stream(study.config.seed, "analysis", name, step), facts)
         for step, model in study.trajectory

@@ -72,10 +72,10 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         return lambda stage: concentration(series, name, stage)
 
     def u_shape(stage: Stage) -> float:
-        first, before = series["step"][0], series["step"] <= stage.end
-        low = float(series["excluded_loss"][before].min())
-        end = falling.end if falling else stage.end
-        return min(at(series, "excluded_loss", first) - low, at(series, "excluded_loss", end) - low)
+        inside = (series["step"] >= stage.start) & (series["step"] <= stage.end)
+        start, end = (at(series, "excluded_loss", step) for step in (stage.start, (falling or stage).end))
+        low = min([start, *series["excluded_loss"][inside]])
+        return min(start - low, end - low)
 
     return [
         claim(

@@ -1,8 +1,4 @@
-"""Does the LLC's hump tell memorization from generalization? Landmarks of the loss stand beside the stages.
-
-Landmarks (for comparison only, no stage is made from them): memorized, the first checkpoint with
-train accuracy >= .99; generalized, the first from which test accuracy stays >= .99.
-"""
+"""Does the LLC's hump tell memorization from generalization? Landmarks of the loss stand beside the stages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +10,13 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import CONCENTRATED, Series, at, claim, concentration, llc_change, strongest
 from mechgrok import plotting
+from mechgrok.measures.landmarks import landmarks
 from mechgrok.model import evaluate
 from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "grokking"
 TASKS = ("modular-addition",)
-
-SOLVED = 0.99
 
 
 def measure(model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]) -> dict[str, float]:
@@ -35,22 +30,10 @@ def measure(model: HookedTransformer, split: Split, rng: torch.Generator, facts:
     }
 
 
-def landmarks(series: Series) -> dict[str, float]:
-    """{"memorized": step, "generalized": step}, NaN where it never comes."""
-    steps = series["step"]
-    memorized = steps[series["train_accuracy"] >= SOLVED]
-    failing = steps[series["test_accuracy"] < SOLVED]
-    generalized = steps[steps > failing[-1]] if len(failing) else steps
-    return {
-        "memorized": float(memorized[0]) if len(memorized) else float("nan"),
-        "generalized": float(generalized[0]) if len(generalized) else float("nan"),
-    }
-
-
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Is there grokking, has the LLC a hump, and which change of accuracy lies in which stage?"""
     rising, falling = strongest(stages, "rising"), strongest(stages, "falling")
-    marks = landmarks(series)
+    marks = landmarks(series["step"], series["train_accuracy"], series["test_accuracy"])
     delay = marks["generalized"] - marks["memorized"]
     at_memorization = at(series, "test_accuracy", marks["memorized"])
     last = stages[-1] if stages else None
@@ -72,7 +55,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim("generalization comes later than memorization (steps)", last, lambda s: delay, 150.0),
         claim(
-            "test accuracy is at chance when the training set is memorized",
+            "test accuracy is still below 5 % when the training set is memorized",
             last, lambda s: at_memorization, 0.05, "<=",
         ),
         claim(
@@ -96,14 +79,15 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
 
 def plot(report: Report, study: Study) -> dict[str, Figure]:
     """The figures of the report."""
-    series = {"step": report.steps, **report.series}
-    marks = {name: step for name, step in landmarks(series).items() if np.isfinite(step)}
-    fig, (losses, accuracy) = plotting.panels(2)
-    for ax, name, unit in ((losses, "loss", "nats"), (accuracy, "accuracy", "share")):
-        for side in ("train", "test"):
-            ax.plot(report.steps, report.series[f"{side}_{name}"], label=side)
-        plotting.developmental_axis(ax, study.stages, f"{name} ({unit})")
-        plotting.mark_steps(ax, marks)
-        ax.legend(frameon=False)
-    losses.set_yscale("log")
-    return {"Loss and accuracy, with the landmarks of the loss": fig}
+    accuracies = (report.series["train_accuracy"], report.series["test_accuracy"])
+    fig, (ax,) = plotting.panels(1)
+    for side, values in zip(("train", "test"), accuracies, strict=True):
+        ax.plot(report.steps, values, label=side)
+    for component in study.curve.components:
+        if component == "model":
+            row = study.curve.llc[study.curve.row(component)]
+            ax.plot(study.curve.steps, row / np.nanmax(row), color=plotting.INK, ls=":", label="LLC / its largest")
+    plotting.developmental_axis(ax, study.stages, "share")
+    plotting.mark_steps(ax, landmarks(report.steps, *accuracies))
+    ax.legend(frameon=False, fontsize=8)
+    return {"Accuracy under the LLC's stages, with the landmarks of the loss": fig}

@@ -13,8 +13,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analyses import contract, grokking
+from analyses import contract
 from mechgrok import plotting
+from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import MIN_POINTS, smooth, usable_points
 from mechgrok.types import Claim, Report, Stage, Study
 
@@ -51,6 +52,8 @@ def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
             "provenance": provenance(study),
             "config": study.config.model_dump(mode="json"),
             "stages": [vars(stage) for stage in study.stages],
+            "landmarks": landmarks_of(study),
+            "metrics": [vars(row) for row in study.trajectory.metrics],
             "curves": {
                 name: {key: getattr(curve, key) for key in ("steps", "components", "llc", "std_error", "healthy")}
                 for name, curve in curves.items()
@@ -72,12 +75,11 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
     """Stage table and claim tables, for a terminal, an issue or a diff."""
     lines = [f"# {study.config.name}", "", summary(study), "", "## Stages of the LLC", ""]
     keys = ("name", "direction", "start", "end", "interval", "delta_llc", "delta_loss")
-    titles = ("stage", "LLC", "from step", "to step", "end, 95 % interval", "change of LLC", "change of train loss")
+    titles = ("stage", "LLC", "from step", "to step", "end, interval", "change of LLC", "change of train loss")
     lines += _table(titles, [[row[key] for key in keys] for row in map(stage_row, study.stages)])
     lines += ["", health_note(study)]
-    marks = landmark_row(reports)
-    if marks:
-        lines += ["", "Landmarks of the loss, for comparison: " + ", ".join(f"{k} {v}" for k, v in marks.items()) + "."]
+    marks = ", ".join(f"{name} {step}" for name, step in landmark_row(study).items())
+    lines += ["", f"Landmarks of the loss, for comparison: {marks}."]
     for report in reports:
         lines += ["", f"## {report.analysis}", ""]
         columns = ("claim", "stage", "value", "threshold", "holds", "better than random stages")
@@ -102,8 +104,11 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
         summary=summary(study),
         stages=[stage_row(stage) for stage in study.stages],
         health=health_note(study),
-        landmarks=landmark_row(reports),
+        landmarks=landmark_row(study),
         llc_figures=llc_figures,
+        training_figures={
+            "Loss and accuracy": plotting.training_figure(study.trajectory, study.stages, landmarks_of(study))
+        },
         reports=[
             {
                 "name": report.analysis,
@@ -142,7 +147,8 @@ def health_note(study: Study) -> str:
     few = f" Only {usable} were left, and stages need {MIN_POINTS}." if usable < MIN_POINTS else ""
     return (
         f"{int(healthy.sum())} of {healthy.size} estimates are healthy; "
-        f"{left_out} of the model's were left out when the stages were found.{few}"
+        f"{left_out} of the model's were left out when the stages were found.{few} "
+        "`mechgrok llc RUN` lists the others with what to change."
     )
 
 
@@ -173,13 +179,15 @@ def claim_row(claim: Claim) -> dict[str, str]:
     }
 
 
-def landmark_row(reports: Sequence[Report]) -> dict[str, str]:
-    """The loss's landmarks as text, if the grokking analysis was run."""
-    for report in reports:
-        if report.analysis == grokking.NAME:
-            marks = grokking.landmarks({"step": report.steps, **report.series})
-            return {name: f"{step:.0f}" if math.isfinite(step) else "never" for name, step in marks.items()}
-    return {}
+def landmarks_of(study: Study) -> dict[str, float]:
+    """The landmarks of the loss, from the metrics that training kept."""
+    path = study.trajectory
+    return landmarks(np.array(path.steps), path.column("train_accuracy"), path.column("test_accuracy"))
+
+
+def landmark_row(study: Study) -> dict[str, str]:
+    """The landmarks as text."""
+    return {name: f"{step:.0f}" if math.isfinite(step) else "never" for name, step in landmarks_of(study).items()}
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

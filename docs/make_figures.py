@@ -3,20 +3,18 @@
 import sys
 from dataclasses import replace
 
-from analyses import contract, grokking
 from mechgrok import load_study, plotting
 from mechgrok.stages import smooth
 
 
 def main(path: str) -> None:
-    """Draw the LLC with its stages, and the accuracies under the same stages."""
+    """Draw the LLC of the model and of every head, with the stages."""
     study = load_study(path)
     fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
     curve = replace(study.curve, control=None)
     figures = {
         "llc": plotting.llc_figure(curve, study.stages, (fit.steps, fit.mean, fit.sd)),
         "heads": plotting.components_figure(curve, study.stages),
-        "accuracy": next(iter(grokking.plot(contract.run("grokking", study), study).values())),
     }
     for name, figure in figures.items():
         figure.savefig(f"docs/images/{name}.png", dpi=110)

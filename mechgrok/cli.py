@@ -43,7 +43,7 @@ def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
 
         config = load_config(source)
         for name in config.analyses.names:
-            contract.load(name)  # an unknown one is refused before hours of work
+            contract.check(name, config)  # refused before hours of work
         progress("starting", 1, 1)
         study = pipeline.run(config, out_dir, workers, progress)
         reports = _analyse(study, study.config.analyses.names, progress)
@@ -57,9 +57,11 @@ def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
 @app.command()
 def train(source: Source, out_dir: Out = None) -> None:
     """Train the model of a preset and keep its checkpoints."""
-    from mechgrok import pipeline
-
     with _progress() as progress:
+        progress("starting", 0, 1)
+        from mechgrok import pipeline
+
+        progress("starting", 1, 1)
         trajectory = pipeline.train_only(source, out_dir, progress)
     table = Table("step", "train loss", "test loss", "train accuracy", "test accuracy")
     for row in trajectory.metrics:
@@ -71,10 +73,12 @@ def train(source: Source, out_dir: Out = None) -> None:
 @app.command()
 def llc(run_dir: Run, workers: Workers = None) -> None:
     """Sample the LLC of every component at every checkpoint of a run."""
-    from mechgrok import pipeline
-    from mechgrok.store import RunDirectory
-
     with _progress() as progress:
+        progress("starting", 0, 1)
+        from mechgrok import pipeline
+        from mechgrok.store import RunDirectory
+
+        progress("starting", 1, 1)
         study = pipeline.run(RunDirectory.open(run_dir).config, run_dir, workers, progress)
     curve = study.curve
     table = Table("step", *curve.components)
@@ -163,9 +167,6 @@ def main() -> None:
     except MechgrokError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing is lost: the same command goes on from here")
-        sys.exit(130)
 
 
 def _load(run_dir: Path, progress: Callable[[str, int, int], None]) -> "Study":
@@ -208,7 +209,7 @@ def _print_stages(found: "Sequence[Stage]") -> None:
             "no stage was found: the LLC curve cannot be told from a constant, or too few of its points are healthy"
         )
         return
-    titles = ("stage", "LLC", "from", "to", "end, 95 % interval", "change of LLC", "of train loss")
+    titles = ("stage", "LLC", "from", "to", "end, interval", "change of LLC", "of train loss")
     table = Table(*titles, title="stages of the LLC", title_justify="left", box=box.SIMPLE)
     for stage in found:
         table.add_row(*stage_row(stage).values())

@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen models that read from and write to TOML. Unknown keys are refused.
 
-Scientific settings have no defaults: a preset states each of them, so its file shows every number.
+nbeta, step size and localization have no defaults, and a preset states every number.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from mechgrok.errors import ConfigError
+
+MAX_P = 1000
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -39,6 +41,8 @@ class ModularAdditionConfig(Settings):
             # An even p has a Nyquist row and a composite p has frequencies that do not tell all
             # residues apart; the Fourier measures assume neither.
             raise ValueError(f"p must be a prime of at least 5, got {self.p}; try {_next_prime(self.p)}")
+        if self.p > MAX_P:
+            raise ValueError(f"p must be at most {MAX_P}, as all p^2 pairs are used in every step, got {self.p}")
         return self
 
 

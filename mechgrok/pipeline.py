@@ -13,6 +13,7 @@ from mechgrok.components import expand_names
 from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
+from mechgrok.llc.estimate import check_batch_size
 from mechgrok.model import build_model
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory
@@ -45,6 +46,7 @@ def run(
     config = load_config(source)
     split = make_split(config.task, config.seed)
     names = component_names(config, split)  # a name that the model lacks is refused before any work
+    check_batch_size(config.llc.sampling, len(split.train))
     directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         trajectory = train(directory, split, lambda done, total: progress("training", done, total))

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechgrok.types import LLCCurve, Stage
+from mechgrok.types import LLCCurve, Stage, Trajectory
 
 INK = "#1f3b57"
 STAGE_COLORS = {"rising": "#f3d9b1", "falling": "#cfe3d4", "plateau": "#ececec"}
@@ -42,7 +42,7 @@ def developmental_axis(ax: Axes, stages: Sequence[Stage], ylabel: str) -> None:
 
 def mark_steps(ax: Axes, landmarks: Mapping[str, float]) -> None:
     """Dashed lines for landmarks that are no stages, such as those of the loss."""
-    for i, (name, step) in enumerate(landmarks.items()):
+    for i, (name, step) in enumerate((name, step) for name, step in landmarks.items() if np.isfinite(step)):
         ax.axvline(step, color=LANDMARK, ls="--", lw=1)
         ax.text(step, 0.5 + 0.1 * i, f" {name}", transform=ax.get_xaxis_transform(), color=LANDMARK, fontsize=8)
 
@@ -65,6 +65,19 @@ def llc_figure(
         _points(ax, of, "model", INK)
         gamma = "" if of.config is None else f", localization {of.config.localization:g}"
         developmental_axis(ax, stages, f"LLC of the model{gamma}")
+    return fig
+
+
+def training_figure(trajectory: Trajectory, stages: Sequence[Stage], landmarks: Mapping[str, float]) -> Figure:
+    """Train and test loss (log scale, nats) and accuracy, with the landmarks of the loss."""
+    fig, axes = panels(2)
+    for ax, name, unit in zip(axes, ("loss", "accuracy"), ("nats", "share"), strict=True):
+        for side in ("train", "test"):
+            ax.plot(trajectory.steps, trajectory.column(f"{side}_{name}"), label=side)
+        developmental_axis(ax, stages, f"{name} ({unit})")
+        mark_steps(ax, landmarks)
+        ax.legend(frameon=False)
+    axes[0].set_yscale("log")
     return fig
 
 

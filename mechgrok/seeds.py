@@ -5,6 +5,7 @@ any order of work and on any number of workers.
 """
 
 import hashlib
+import operator
 
 import torch
 
@@ -15,9 +16,10 @@ def derive(seed: int, *names: Name) -> int:
     """A 63-bit seed from a root seed and names: the first 8 bytes of BLAKE2b, top bit cleared.
 
     The names are joined with their types and lengths, so ("a", "bc") and ("ab", "c"), or 1 and
-    "1", give different seeds.
+    "1", give different seeds. NumPy's integers count as Python's.
     """
-    text = "".join(f"{type(name).__name__}{len(str(name))}:{name};" for name in (seed, *names))
+    plain = (name if isinstance(name, str) else operator.index(name) for name in (seed, *names))
+    text = "".join(f"{type(name).__name__}{len(str(name))}:{name};" for name in plain)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & 0x7FFF_FFFF_FFFF_FFFF
 

@@ -1,6 +1,6 @@
 """LLC curve to developmental stages, with uncertainty.
 
-The curve is smoothed by Gaussian-process regression on log(1 + step): constant * RBF + white noise,
+The curve is smoothed by Gaussian-process regression on log(1 + step): constant * Matern 5/2 + white noise,
 beside the standard errors of the points, hyperparameters by marginal likelihood. A boundary is a
 critical point of the smooth curve: its slope changes sign, or falls to a plateau (|slope| below
 `plateau` of its largest) or leaves one. Stages are what lies between. Each boundary is located in
@@ -43,6 +43,7 @@ class SmoothCurve:
     points: x of the estimates it was fitted to.
 
     evidence: log marginal likelihood in nats over that of a constant curve with white noise.
+    plateau: the share of its range below which a change counts as none.
     """
 
     x: np.ndarray
@@ -51,6 +52,7 @@ class SmoothCurve:
     sd: np.ndarray
     draws: np.ndarray
     evidence: float
+    plateau: float
 
     @property
     def steps(self) -> np.ndarray:
@@ -105,6 +107,7 @@ def smooth(curve: LLCCurve, config: StageConfig = DEFAULTS, component: str = "mo
         mean=mean * scale + centre,
         sd=np.sqrt(np.clip(np.diag(covariance), 0, None)) * scale,
         draws=draws * scale + centre,
+        plateau=config.plateau,
         evidence=float(fitted.log_marginal_likelihood_value_ - constant.log_marginal_likelihood_value_),
     )
 
@@ -157,11 +160,11 @@ def place_stages(curve: LLCCurve, fit: SmoothCurve, boundaries: Sequence[float])
     """Stages between given boundaries (steps), with the changes of LLC and loss over each.
 
     Detected stages come through here, and so do the randomly placed ones that claims are scored
-    by. A stage's direction is that of the smooth curve's change over it; below 5 % of the curve's
-    range it is a plateau.
+    by. A stage's direction is that of the smooth curve's change over it; below `fit.plateau` of the
+    curve's range it is a plateau.
     """
     stages = []
-    smallest = DEFAULTS.plateau * np.ptp(fit.mean)
+    smallest = fit.plateau * np.ptp(fit.mean)
     edges = [float(curve.steps[0]), *boundaries, float(curve.steps[-1])]
     for i, (start, end) in enumerate(pairwise(edges)):
         change = fit.at(end) - fit.at(start)

@@ -60,7 +60,7 @@ class RunDirectory:
                     "choose another --out, or go back to the settings in its config.toml"
                 )
             return run
-        if run.path.exists() and (not run.path.is_dir() or any(not p.name.startswith(".") for p in run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(not _ours(p.name) for p in run.path.iterdir())):
             raise RunDirectoryError(f"{run.path} exists and is not a mechgrok run; choose another --out")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,8 @@ class RunDirectory:
                 yield
         except Timeout:
             raise RunDirectoryError(f"{self.path} is in use by another mechgrok process; wait for it to end") from None
+        except PermissionError as error:
+            raise RunDirectoryError(f"{self.path} cannot be written: {error}") from None
 
     # ---- plain files
 
@@ -158,7 +160,7 @@ class RunDirectory:
         return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def _estimate(self, step: int, component: str, config: LLCConfig) -> Path:
-        setting = f"localization-{config.localization:g}"
+        setting = f"localization-{config.localization!r}"
         return self.path / "llc" / setting / component / f"step-{step:08d}.safetensors"
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -187,6 +189,11 @@ class RunDirectory:
         if record["config"] != self.digest:
             raise CheckpointError(f"{path} belongs to another configuration; {_REMEDY}")
         return tensors, record
+
+
+def _ours(name: str) -> bool:
+    """Whether a file can be there before config.toml is: a lock, or what a killed first write left."""
+    return name == ".lock" or (name.startswith(f".{CONFIG}.") and name.endswith(".tmp"))
 
 
 _REMEDY = "delete that file and run `mechgrok run` again to make it anew"

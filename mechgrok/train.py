@@ -1,5 +1,6 @@
 """Task and config to a Trajectory: full-batch AdamW, checkpoints on a log scale, resumable at each."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
+from mechgrok.errors import ConfigError
 from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
 from mechgrok.reproducible import reproducible
 from mechgrok.store import RunDirectory
@@ -64,7 +66,10 @@ def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], p
     resumed = _restore(run, model, optimizer, steps)
     for step in range(resumed or 0, config.n_steps + 1):
         if step in steps and not (step == resumed and run.has_checkpoint(step)):
-            run.write_checkpoint(dict(model.named_parameters()), _metrics(model, split, step))
+            metrics = _metrics(model, split, step)
+            if not math.isfinite(metrics.train_loss):
+                raise ConfigError(f"training diverged by step {step}: lower train.learning_rate and start a new run")
+            run.write_checkpoint(dict(model.named_parameters()), metrics)
             run.write_training_state(step, _state_tensors(model, optimizer))
             progress(step, config.n_steps)
         if step < config.n_steps:

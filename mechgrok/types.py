@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechgrok.config import LLCConfig, RunConfig
+from mechgrok.config import LLCConfig, ModularAdditionConfig, RunConfig
 from mechgrok.errors import ComponentError, ShapeError
 
 if TYPE_CHECKING:
@@ -154,7 +154,9 @@ class ChainHealth:
 
 @dataclass(frozen=True)
 class LLCEstimate:
-    """llc = nbeta * (mean of `losses` - init_loss); std_error includes that of init_loss.
+    """llc = nbeta * (mean of `losses` - init_loss); std_error includes init_loss_error.
+
+    init_loss_error is 0 where the baseline is the mean over all of the sampled data.
 
     losses: Float[chain, draw], nats, burn-in left out; NaN from where a chain diverged.
     """
@@ -298,3 +300,8 @@ class Study:
     trajectory: Trajectory
     curve: LLCCurve
     stages: tuple[Stage, ...]
+
+    @property
+    def task(self) -> ModularAdditionConfig:
+        """The task's settings."""
+        return self.config.task

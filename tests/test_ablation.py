@@ -1,13 +1,18 @@
 """Ablation on a model with one head that matters and one that is dead by construction."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from transformer_lens import HookedTransformer
 
+from analyses import ablation as analysis
 from mechgrok import seeds
 from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
 from mechgrok.model import build_model, model_losses
 from mechgrok.tasks import make_split
+from mechgrok.types import LLCCurve, Stage
 from tests.oracles import planted_fourier_model, tiny_config
 
 SPLIT = make_split(tiny_config().task, 0)
@@ -66,3 +71,23 @@ def test_no_hook_is_left_behind() -> None:
     for kind in ABLATION_KINDS:
         head_ablations(model, SPLIT.train, kind, seeds.stream(0))
     assert torch.equal(model(SPLIT.train.tokens), before)
+
+
+def test_wrllc_and_ablation_are_compared_head_by_head_whatever_their_order_in_the_curve() -> None:
+    """wrLLC and cost both grow with the head's number, so they agree; an unhealthy point does not count."""
+    cost = np.array([1.0, 2.0, 3.0, 4.0])
+    steps = np.array([0, 10, 100])
+    series = {f"{kind}_{side}": np.tile(cost, (3, 1)) for kind in ABLATION_KINDS for side in ("train", "test")}
+    names = ("model", "L0H3", "L0H1", "L0H0", "L0H2")
+    llc = np.array([[0, 10, 0], [4, 4, 4], [2, 2, 2], [1, 1, 1], [3, -9, 3]], float)
+    healthy = np.ones((5, 3), bool)
+    healthy[4, 1] = False
+    curve = LLCCurve(steps=steps, components=names, llc=llc, std_error=np.ones((5, 3)), healthy=healthy)
+    stages = (
+        Stage("S1", "rising", 0, 10, None, None, 10, None),
+        Stage("S2", "falling", 10, 100, None, None, -10, None),
+    )
+    agree = analysis.conclude({"step": steps, **series}, stages, curve)[-1]
+    assert agree.value == pytest.approx(1.0)
+    few = replace(curve, components=names[:3], llc=llc[:3], std_error=np.ones((3, 3)), healthy=healthy[:3])
+    assert np.isnan(analysis.conclude({"step": steps, **series}, stages, few)[-1].value)

@@ -98,6 +98,9 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         ("run", toml("head.toml", '"heads"', '"L0H9"'), "--out", tmp_path / "head"): "'L0H9': the model has 2 heads",
         ("run", toml("mlp.toml", '"heads"', '"L7.mlp"'), "--out", tmp_path / "mlp"): "'L7.mlp': the model has 1 layers",
         ("run", toml("name.toml", '"ablation"', '"abation"'), "--out", tmp_path / "name"): "unknown analysis 'abation'",
+        ("run", toml("batch.toml", "batch_size = 8", "batch_size = 999"), "--out", tmp_path / "b"): "batch_size 999",
+        ("run", toml("attn.toml", "d_mlp = 16\n", ""), "--out", tmp_path / "attn"): "attention-only; give it an MLP",
+        ("run", toml("lr.toml", "learning_rate = 0.005", "learning_rate = 1e30"), "--out", tmp_path / "lr"): "diverged",
         ("run", toml("wd.toml", "weight_decay = 1.0", "weight_decay = 2.0"), "--out", path): "another configuration",
         ("run", config, "--out", broken): "is truncated",
         ("stages", broken): "is truncated",
@@ -118,7 +121,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         assert len(errors) == 1 and message in errors[0], (arguments, stderr)
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
     assert not (tmp_path / "head" / "checkpoints").exists()  # refused before any training
-    assert not (tmp_path / "name" / "checkpoints").exists()
+    assert not any((tmp_path / name / "checkpoints").exists() for name in ("name", "b", "attn"))
 
 
 def test_help_answers_at_once_and_without_torch() -> None:

@@ -40,6 +40,7 @@ def test_toml_keeps_every_number_and_the_digest_tells_them_apart(nbeta, step, ga
         (("p = 7", "p = 12"), "p must be a prime of at least 5, got 12; try 13"),
         (("p = 7", "p = 2"), "p must be a prime of at least 5, got 2; try 5"),
         (("p = 7", 'p = "seven"'), "task.p"),
+        (("p = 7", "p = 1000003"), "p must be at most 1000"),
         (("train_fraction = 0.7", "train_fraction = 1.5"), "task.train_fraction"),
         (("nbeta = 10.0", "nbeta = -1.0"), "nbeta"),
         (("nbeta = 10.0", "nbeta = nan"), "nbeta"),

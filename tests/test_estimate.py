@@ -138,6 +138,9 @@ def test_a_negative_estimate_is_reported_as_it_is() -> None:
 BAD = [
     ({"data": (torch.zeros(3), torch.zeros(4))}, ShapeError, "common first axis"),
     ({"data": ()}, ShapeError, "common first axis"),
+    ({"data": torch.zeros(8)}, ShapeError, r"write \(x,\)"),
+    ({"data": (torch.tensor(1.0),)}, ShapeError, "common first axis"),
+    ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())}, ConfigError, "call module.eval"),
     ({"loss_fn": None}, ConfigError, "loss_fn"),
     ({"loss_fn": lambda module, x: module.w.sum()}, ShapeError, "one loss per example"),
     ({"component": "L0H1"}, ComponentError, "need a HookedTransformer"),
@@ -210,6 +213,30 @@ def test_a_curve_from_outside_arrays_is_checked(changes, message) -> None:
     assert mg.LLCCurve(**arguments).healthy.all()
     with pytest.raises(ShapeError, match=message):
         mg.LLCCurve(**(arguments | changes))
+
+
+def test_tokens_and_targets_outside_the_vocabulary_are_refused() -> None:
+    train = SPLIT.train
+    for bad in (
+        Examples(train.tokens + 1, train.targets, train.weights),
+        Examples(train.tokens, train.targets - 1, train.weights),
+    ):
+        with pytest.raises(ShapeError, match="must lie in 0"):
+            mg.estimate_llc(build(), bad, config=CONFIG, seed=0)
+
+
+def test_a_curve_refuses_repeated_steps_and_components_and_bad_names() -> None:
+    model = build()
+    for models, names, error in (
+        ([(0, model), (0, model)], ["L0H0"], ShapeError),
+        ([(0, model)], ["model", "model"], ShapeError),
+        ([(0, model)], ["L0H0", "L9H9"], ComponentError),
+    ):
+        with pytest.raises(error):
+            llc_curve(models, SPLIT.train, components=names, config=CONFIG, seed=0)
+    curve = llc_curve([(np.int64(5), model)], SPLIT.train, components=["heads"], config=CONFIG, seed=0)
+    assert curve.components == ("L0H0", "L0H1")
+    assert curve.llc[0, 0] == llc_curve([(5, model)], SPLIT.train, components=["L0H0"], config=CONFIG, seed=0).llc[0, 0]
 
 
 def test_examples_are_checked() -> None:

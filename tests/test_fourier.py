@@ -120,7 +120,8 @@ def test_fve_is_the_r2_of_a_regression_on_the_frequencys_nine_products() -> None
             y = activations[:, n] - activations[:, n].mean()
             residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
             assert fve[n, k - 1] == pytest.approx(1 - residual @ residual / (y @ y), abs=1e-10)
-    assert (fourier.neuron_fve(np.zeros((p * p, 1)), p) == 0).all()
+    for constant in (0.0, 0.1, 0.3):
+        assert (fourier.neuron_fve(np.full((p * p, 1), constant), p) == 0).all()
 
 
 def test_logit_r2_is_that_of_least_squares() -> None:

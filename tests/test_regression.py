@@ -41,12 +41,18 @@ def edited(baseline: dict, edit) -> dict:
 
 
 def test_each_kind_of_move_is_named(baseline: dict) -> None:
-    def flip(other: dict) -> None:
-        claim = next(iter(other["claims"]["grokking"].values()))
-        claim["holds"] = not claim["holds"]
+    def set_claim(value: float, holds: bool):
+        def edit(other: dict) -> None:
+            next(iter(other["claims"]["grokking"].values())).update(value=value, threshold=1.0, holds=holds)
 
-    (move,) = compare(baseline, edited(baseline, flip))
-    assert "claim of grokking" in move and ("no longer holds" in move or "now holds" in move)
+        return edited(baseline, edit)
+
+    (move,) = compare(set_claim(1.3, True), set_claim(0.7, False))
+    assert "claim of grokking no longer holds (value 1.3 -> 0.7)" in move
+    (move,) = compare(set_claim(0.7, False), set_claim(1.3, True))
+    assert "now holds" in move
+    assert compare(set_claim(1.01, True), set_claim(0.99, False)) == []  # within the margin of the threshold
+    assert compare(set_claim(1.3, True), set_claim(2.6, True)) == []
 
     two = [{"name": "S1", "direction": "rising", "end": 10.0, "end_interval": [8.0, 12.0]},
            {"name": "S2", "direction": "falling", "end": 40.0, "end_interval": None}]  # fmt: skip
@@ -70,6 +76,9 @@ def test_each_kind_of_move_is_named(baseline: dict) -> None:
         (lambda b: b.update(format=99), "format 99"),
         (lambda b: b.pop("stages"), "malformed"),
         (lambda b: b["llc"].update(model=[["a"]]), "malformed"),
+        (lambda b: b.update(llc=[]), "malformed"),
+        (lambda b: b.update(llc={}), "malformed"),
+        (lambda b: b.update(claims=[]), "malformed"),
     ],
 )
 def test_a_baseline_that_does_not_fit_is_refused(baseline: dict, spoil, message: str) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,10 @@ def test_a_stream_does_not_touch_global_state_or_other_streams() -> None:
     again = torch.randn(3, generator=seeds.stream(1, "noise", 0))
     assert torch.equal(first, again)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_numpy_integers_are_integers() -> None:
+    assert seeds.derive(0, np.int64(5)) == seeds.derive(np.int32(0), 5)
 
 
 def test_the_root_seed_matters() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mechgrok import seeds
+from mechgrok.components import expand_names
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ShapeError
 from mechgrok.llc.estimate import estimate_llc
@@ -35,19 +36,26 @@ def llc_curve(
 
     Args:
         trajectory: a Trajectory, or (step, model) pairs; pairs are sampled in this process.
+        components: names; "heads" stands for every head.
+        n_threads: torch threads of each estimate, whose bits depend on it.
     """
+    if len(set(components)) < len(components):
+        raise ShapeError(f"components repeat: {', '.join(components)}; name each once")
     if isinstance(trajectory, Trajectory):
-        units = [(step, name, config) for step in trajectory.steps for name in components]
+        names = expand_names(trajectory.model_at(trajectory.steps[0]), components)
+        units = [(step, name, config) for step in trajectory.steps for name in names]
         found = dict(estimate_units(trajectory, examples, units, seed, n_workers, n_threads))
     else:
-        found = {
-            (step, name, config): estimate_llc(
-                model, examples, component=name, config=config, seed=point_seed(seed, step)
-            )
-            for step, model in trajectory
-            for name in components
-        }
-    return assemble_curve(found, components, config)
+        found, names = {}, tuple(components)
+        with reproducible(n_threads):
+            for step, model in trajectory:
+                if any(step == done for done, _, _ in found):
+                    raise ShapeError(f"step {step} comes twice in the trajectory; give each step once")
+                names = expand_names(model, components)  # a bad one is refused before any sampling
+                for name in names:
+                    estimate = estimate_llc(model, examples, component=name, config=config, seed=point_seed(seed, step))
+                    found[step, name, config] = estimate
+    return assemble_curve(found, names, config)
 
 
 def point_seed(seed: int, step: int) -> int:

@@ -62,6 +62,8 @@ def estimate_llc(
     else:
         if loss_fn is None:
             raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
+        if isinstance(data, Tensor):
+            raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
         potential, init_losses, resolved = _module(model, tuple(data), loss_fn, component)
     return _estimate(potential, init_losses, resolved.name, config, seed, chance_loss)
 
@@ -77,6 +79,12 @@ def _hooked(
 
     if not isinstance(model, HookedTransformer):
         raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
+    for values, size, what in (
+        (examples.tokens, model.cfg.d_vocab, "tokens"),
+        (examples.targets, model.cfg.d_vocab_out, "targets"),
+    ):
+        if int(values.min()) < 0 or int(values.max()) >= size:
+            raise ShapeError(f"{what} must lie in 0 ... {size - 1}, got {int(values.min())} ... {int(values.max())}")
     component = "model" if component is None else component
     resolved = named(model, component) if isinstance(component, str) else _resolve(model, component)
     with torch.no_grad():
@@ -89,11 +97,13 @@ def _hooked(
 def _module(
     module: torch.nn.Module, tensors: tuple[Tensor, ...], loss_fn: LossFn, component: ComponentLike
 ) -> tuple[Potential, Tensor, Component]:
-    lengths = {len(tensor) for tensor in tensors}
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(lengths) != 1 or lengths == {0}:
         raise ShapeError(f"data must be tensors with a common first axis, not empty; got lengths {sorted(lengths)}")
     if isinstance(component, str):
         raise ComponentError(f"names such as {component!r} need a HookedTransformer; pass a dict of masks instead")
+    if any(isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training for part in module.modules()):
+        raise ConfigError("the module is in train mode and has dropout, so its loss is random; call module.eval()")
     resolved = _resolve(module, component)
     with torch.no_grad():
         init_losses = loss_fn(module, *tensors)
@@ -123,14 +133,19 @@ def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor
     return Component("masked", masks, n_params)
 
 
+def check_batch_size(config: LLCConfig, n_examples: int) -> None:
+    """Raise ConfigError if a batch asks for more examples than there are."""
+    if config.batch_size is not None and config.batch_size > n_examples:
+        raise ConfigError(
+            f"batch_size {config.batch_size} exceeds the {n_examples} examples; "
+            "lower it, or leave it out to use all examples in each step"
+        )
+
+
 def _estimate(
     potential: Potential, init_losses: Tensor, name: str, config: LLCConfig, seed: int, chance_loss: float | None
 ) -> LLCEstimate:
-    if config.batch_size is not None and config.batch_size > potential.n_examples:
-        raise ConfigError(
-            f"batch_size {config.batch_size} exceeds the {potential.n_examples} examples; "
-            "lower it, or leave it out to use all examples in each step"
-        )
+    check_batch_size(config, potential.n_examples)
     if not bool(init_losses.isfinite().all()):
         raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
     init_loss = float(init_losses.double().mean())

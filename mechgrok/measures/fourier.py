@@ -52,7 +52,7 @@ def neuron_fve(activations: np.ndarray, p: int) -> np.ndarray:
     """Fraction of each neuron's variance over inputs explained by each frequency: [p^2, neuron] -> [neuron, freq].
 
     Of the centred activations' 2-D Fourier coefficients, the squared sum over
-    {const, cos k, sin k} x {const, cos k, sin k} by the squared sum over all. 0 for a dead neuron.
+    {const, cos k, sin k} x {const, cos k, sin k} by the squared sum over all. 0 for a constant neuron.
     """
     basis = fourier_basis(p)
     grid = (activations - activations.mean(0)).reshape(p, p, -1)
@@ -61,7 +61,8 @@ def neuron_fve(activations: np.ndarray, p: int) -> np.ndarray:
     blocks = [
         power[np.ix_([0, 2 * k - 1, 2 * k], [0, 2 * k - 1, 2 * k])].sum((0, 1)) for k in range(1, (p - 1) // 2 + 1)
     ]
-    return np.stack(blocks, axis=1) / np.where(total > 0, total, 1.0)[:, None]
+    varies = total > 1e-12 * np.sum(activations**2, axis=0)  # beyond the rounding of a constant
+    return np.where(varies[:, None], np.stack(blocks, axis=1) / np.where(varies, total, 1.0)[:, None], 0.0)
 
 
 def sum_directions(key_freqs: tuple[int, ...], p: int) -> np.ndarray:
