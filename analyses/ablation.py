@@ -1,6 +1,5 @@
 """Which heads carry the answer, and from which stage on: zero, mean and resample ablation of each."""
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -11,13 +10,11 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from transformer_lens import HookedTransformer
 
-from analyses.contract import Series, claim, strongest
+from analyses.contract import Series, claim, llc_at, strongest
 from mechgrok import plotting
+from mechgrok.components import HEAD_NAME
 from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
-from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
-
-_HEAD = re.compile(r"L(\d+)H(\d+)")
 
 NAME = "ablation"
 TASKS = ("modular-addition",)
@@ -76,13 +73,8 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
 
 def _head_llcs(curve: LLCCurve, step: float) -> np.ndarray:
     """The wrLLC of the followed heads at a step, from healthy points, in the model's order: [head]."""
-    found = sorted((int(m[1]), int(m[2]), name) for name in curve.components if (m := _HEAD.fullmatch(name)))
-    values = []
-    for _, _, name in found:
-        usable = usable_points(curve, name)
-        row, x = curve.llc[curve.row(name)], np.log1p(curve.steps)
-        values.append(np.interp(np.log1p(step), x[usable], row[usable]) if usable.any() else np.nan)
-    return np.array(values)
+    heads = sorted((int(m[1]), int(m[2]), name) for name in curve.components if (m := HEAD_NAME.fullmatch(name)))
+    return np.array([llc_at(curve, name, step)[0] for _, _, name in heads])
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

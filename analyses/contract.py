@@ -164,11 +164,17 @@ def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> fl
     return float(np.interp(points, np.log1p(series["step"]), series[name]).mean())
 
 
-def llc_change(curve: LLCCurve, stage: Stage, component: str = "model") -> tuple[float, float]:
-    """(change of a component's LLC over a stage, its standard error), linear between healthy points."""
+def llc_at(curve: LLCCurve, component: str, step: float) -> tuple[float, float]:
+    """(LLC of a component at a step, its standard error), linear between healthy points, NaN without any."""
     usable = usable_points(curve, component)
     if not usable.any():
         return float("nan"), float("nan")
-    row, x, ends = curve.row(component), np.log1p(curve.steps[usable]), np.log1p([stage.start, stage.end])
-    start, end = np.interp(ends, x, curve.llc[row][usable])
-    return float(end - start), float(np.hypot(*np.interp(ends, x, curve.std_error[row][usable])))
+    row, x = curve.row(component), np.log1p(curve.steps[usable])
+    llc, error = (np.interp(np.log1p(step), x, values[row][usable]) for values in (curve.llc, curve.std_error))
+    return float(llc), float(error)
+
+
+def llc_change(curve: LLCCurve, stage: Stage, component: str = "model") -> tuple[float, float]:
+    """(change of a component's LLC over a stage, its standard error)."""
+    (start, start_error), (end, end_error) = (llc_at(curve, component, step) for step in (stage.start, stage.end))
+    return end - start, float(np.hypot(start_error, end_error))

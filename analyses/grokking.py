@@ -83,10 +83,8 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     fig, (ax,) = plotting.panels(1)
     for side, values in zip(("train", "test"), accuracies, strict=True):
         ax.plot(report.steps, values, label=side)
-    for component in study.curve.components:
-        if component == "model":
-            row = study.curve.llc[study.curve.row(component)]
-            ax.plot(study.curve.steps, row / np.nanmax(row), color=plotting.INK, ls=":", label="LLC / its largest")
+    llc = study.curve.llc[study.curve.row("model")]
+    ax.plot(study.curve.steps, llc / np.nanmax(llc), color=plotting.INK, ls=":", label="LLC / its largest")
     plotting.developmental_axis(ax, study.stages, "share")
     plotting.mark_steps(ax, landmarks(report.steps, *accuracies))
     ax.legend(frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ from mechgrok.errors import ComponentError
 from mechgrok.types import Component
 
 HEAD_PARAMETERS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
-_HEAD = re.compile(r"L(\d+)H(\d+)")
+HEAD_NAME = re.compile(r"L(\d+)H(\d+)")
 _PREFIXES = {"embed": ("embed.", "pos_embed."), "unembed": ("ln_final.", "unembed.")}
 
 Masks = dict[str, Tensor | None]
@@ -32,7 +32,7 @@ def component(model: HookedTransformer, name: str) -> Component:
     """
     masks: Masks = {}
     parts = name.split("+")
-    heads = [(int(head[1]), int(head[2])) for head in map(_HEAD.fullmatch, parts) if head]
+    heads = [(int(head[1]), int(head[2])) for head in map(HEAD_NAME.fullmatch, parts) if head]
     for part in parts:
         for at, mask in _part(model, part).items():
             masks[at] = _union(name, at, masks[at], mask) if at in masks else mask
@@ -151,7 +151,7 @@ def _part(model: HookedTransformer, part: str) -> Masks:
         return dict.fromkeys(names)
     if part in _PREFIXES:
         return {name: None for name in names if name.startswith(_PREFIXES[part])}
-    if head := _HEAD.fullmatch(part):
+    if head := HEAD_NAME.fullmatch(part):
         return _head(model, part, int(head[1]), int(head[2]))
     if layer := re.fullmatch(r"L(\d+)(?:\.(attn|mlp))?", part):
         _check_index(part, "layer", int(layer[1]), model.cfg.n_layers)

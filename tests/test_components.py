@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformer_lens import HookedTransformer
 
+from mechgrok import seeds
 from mechgrok.components import HEAD_PARAMETERS, complement, component, expand_names, head_hooks
 from mechgrok.errors import ComponentError
 from mechgrok.model import build_model, evaluate, model_losses
@@ -27,7 +28,7 @@ architectures = st.fixed_dictionaries(
 
 def build(**changes) -> HookedTransformer:
     model = build_model(tiny_config(model=changes).model, SPLIT, 0)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.stream(0, "biases")
     with torch.no_grad():  # biases away from zero, so that a slice that misses them shows
         for name, q in model.named_parameters():
             if ".b_" in name:
@@ -108,7 +109,7 @@ def test_hooks_equal_a_model_that_really_has_the_other_parameters(shape, name, s
     head = component(model, f"L{last}H1+L0H0" if name == "last" else name)
     own = parameters(model)
     anchor = extract(head, own)
-    moved = anchor + 0.5 * torch.randn(anchor.shape, generator=torch.Generator().manual_seed(seed))
+    moved = anchor + 0.5 * torch.randn(anchor.shape, generator=seeds.stream(seed, "moved"))
     other = inserter(head, own)(moved)
     hooks = head_hooks(model, head, other)
     hooked = evaluate(model, SPLIT.train, hooks)[0]

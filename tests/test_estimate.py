@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechgrok as mg
+from mechgrok import seeds
 from mechgrok.components import complement, component
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
 from mechgrok.llc.curve import llc_curve, point_seed
@@ -40,8 +41,8 @@ def test_the_hooked_path_for_heads_equals_the_plain_one(n_layers, d_mlp, norm, p
     assert can_hook(model, head)
     hooked = HeadPotential(model, SPLIT.train, head)
     plain = ModulePotential(model, model_losses, SPLIT.train.tensors, head)
-    theta = plain.anchor + 0.3 * torch.randn(3, head.n_params, generator=torch.Generator().manual_seed(0))
-    index = torch.randint(len(SPLIT.train), (3, 5), generator=torch.Generator().manual_seed(1))
+    theta = plain.anchor + 0.3 * torch.randn(3, head.n_params, generator=seeds.stream(0, "theta"))
+    index = torch.randint(len(SPLIT.train), (3, 5), generator=seeds.stream(0, "index"))
     losses, grad = hooked.losses_and_grad(theta, index)
     expected_losses, expected_grad = plain.losses_and_grad(theta, index)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)

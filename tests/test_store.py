@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mechgrok import pipeline
+from mechgrok import pipeline, seeds
 from mechgrok.errors import CheckpointError, RunDirectoryError
 from mechgrok.store import RunDirectory, read_json, run_directories
 from mechgrok.types import CheckpointMetrics
@@ -29,7 +29,7 @@ def copied(tiny_run: tuple, tmp_path: Path) -> Path:
 
 def test_checkpoints_keep_every_bit_and_their_metrics(run: RunDirectory) -> None:
     tensors = {
-        "a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+        "a": torch.randn(3, 4, generator=seeds.stream(0)),
         "b": torch.tensor([float("inf"), -0.0]),
     }
     run.write_checkpoint(tensors, METRICS)
