@@ -45,7 +45,8 @@ def provenance(study: Study) -> dict[str, str]:
 
 def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
     """Everything in the report as plain JSON values; numbers that are not finite become null."""
-    curves = {"main": study.curve} | ({"control": study.curve.control} if study.curve.control else {})
+    every = {"main": study.curve, "control": study.curve.control, "finer": study.curve.finer}
+    curves = {name: curve for name, curve in every.items() if curve is not None}
     return _plain(
         {
             "name": study.config.name,
@@ -77,7 +78,7 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
     keys = ("name", "direction", "start", "end", "interval", "delta_llc", "delta_loss")
     titles = ("stage", "LLC", "from step", "to step", "end, interval", "change of LLC", "change of train loss")
     lines += _table(titles, [[row[key] for key in keys] for row in map(stage_row, study.stages)])
-    lines += ["", health_note(study)]
+    lines += ["", health_note(study), "", bias_note(study)]
     marks = ", ".join(f"{name} {step}" for name, step in landmark_row(study).items())
     lines += ["", f"Landmarks of the loss, for comparison: {marks}."]
     for report in reports:
@@ -104,6 +105,7 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
         summary=summary(study),
         stages=[stage_row(stage) for stage in study.stages],
         health=health_note(study),
+        bias=bias_note(study),
         landmarks=landmark_row(study),
         llc_figures=llc_figures,
         training_figures={
@@ -146,9 +148,28 @@ def health_note(study: Study) -> str:
     usable = int(usable_points(study.curve).sum())
     few = f" Only {usable} were left, and stages need {MIN_POINTS}." if usable < MIN_POINTS else ""
     return (
-        f"{int(healthy.sum())} of {healthy.size} estimates are healthy; "
-        f"{left_out} of the model's were left out when the stages were found.{few} "
-        "`mechgrok llc RUN` lists the others with what to change."
+        f"{int(healthy.sum())} of {healthy.size} estimates are healthy (crosses are not); "
+        f"{left_out} of the model's were left out when the stages were found.{few}"
+        f" {int((healthy & study.curve.saturated).sum())} are saturated (open squares): there the loss is so flat at "
+        "the localization's scale that the estimate is all but proportional to nbeta. "
+        "`mechgrok llc RUN` lists both kinds with what to change."
+    )
+
+
+def bias_note(study: Study) -> str:
+    """What the step size adds to the model's LLC, in a sentence."""
+    if study.curve.bias is None:
+        return "The bias of the step size was not measured."
+    bias, error = study.curve.bias
+    told = np.abs(bias) > 2 * error
+    if not told.any():
+        return "At no checkpoint is the bias of the step size told from 0 (half the step, extrapolated)."
+    worst = int(np.argmax(np.where(told, np.abs(bias), 0)))
+    llc = study.curve.llc[study.curve.row("model")][worst]
+    return (
+        f"The step size adds to the model's LLC at {int(told.sum())} of {len(bias)} checkpoints (half the step, "
+        f"extrapolated); most at step {study.curve.steps[worst]}: {bias[worst]:.3g} ± {error[worst]:.2g} of {llc:.3g}. "
+        "It is in no error bar and in no number here; hollow points are without it."
     )
 
 

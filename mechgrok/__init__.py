@@ -12,6 +12,7 @@ _HOME = {
     "load_config": "mechgrok.config",
     "preset_names": "mechgrok.config",
     "MechgrokError": "mechgrok.errors",
+    "Calibration": "mechgrok.types",
     "Claim": "mechgrok.types",
     "Component": "mechgrok.types",
     "Examples": "mechgrok.types",
@@ -23,10 +24,15 @@ _HOME = {
     "Trajectory": "mechgrok.types",
     "component": "mechgrok.components",
     "detect_stages": "mechgrok.stages",
+    "calibrate": "mechgrok.llc.calibrate",
+    "canonicalize": "mechgrok.canonical",
     "estimate_llc": "mechgrok.llc.estimate",
+    "influences": "mechgrok.llc.observe",
     "llc_curve": "mechgrok.llc.curve",
     "load_study": "mechgrok.pipeline",
+    "observe": "mechgrok.llc.observe",
     "run": "mechgrok.pipeline",
+    "susceptibilities": "mechgrok.llc.observe",
 }
 
 __all__ = sorted(_HOME)

@@ -75,6 +75,8 @@ def llc(run_dir: Run, workers: Workers = None) -> None:
     """Sample the LLC of every component at every checkpoint of a run."""
     with _progress() as progress:
         progress("starting", 0, 1)
+        import numpy as np
+
         from mechgrok import pipeline
         from mechgrok.store import RunDirectory
 
@@ -83,12 +85,52 @@ def llc(run_dir: Run, workers: Workers = None) -> None:
     curve = study.curve
     table = Table("step", *curve.components)
     for column, step in enumerate(curve.steps):
-        cells = zip(curve.llc[:, column], curve.std_error[:, column], curve.healthy[:, column], strict=True)
-        table.add_row(str(step), *(f"{value:.2f} ± {error:.2f}{'' if ok else ' !'}" for value, error, ok in cells))
+        marks = np.where(~curve.healthy[:, column], " !", np.where(curve.saturated[:, column], " ~", ""))
+        cells = zip(curve.llc[:, column], curve.std_error[:, column], marks, strict=True)
+        table.add_row(str(step), *(f"{value:.2f} ± {error:.2f}{mark}" for value, error, mark in cells))
     out.print(table)
-    for (step, name, config), estimate in pipeline.unhealthy_estimates(run_dir).items():
+    for (step, name, config), estimate in pipeline.doubtful_estimates(run_dir).items():
+        setting = f"localization {config.localization:g}, step size {config.step_size:g}"
+        for mark, reasons in (("!", estimate.health.reasons), ("~", estimate.health.cautions)):
+            if reasons:
+                out.print(f"{mark} {name} at step {step}, {setting}: {'; '.join(reasons)}", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    run_dir: Run,
+    sampler: Annotated[str | None, typer.Option(help="By default the run's own.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=0, help="By default the run's own; 0: all examples.")] = None,
+    components: Annotated[str, typer.Option(help="Components to sweep on, with commas between.")] = "model",
+    checkpoints: Annotated[int, typer.Option(min=1, help="How many checkpoints to sweep on.")] = 3,
+    workers: Workers = None,
+) -> None:
+    """Sweep nbeta, localization and step size on a trained run and recommend one setting for all of it.
+
+    Writes calibration.svg, calibration.json and calibrated.toml, a config to run with, into the run
+    directory. Exit code 1 if no sound setting was found.
+    """
+    with _progress() as progress:
+        progress("starting", 0, 1)
+        from mechgrok import pipeline
+
+        progress("starting", 1, 1)
+        changes: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
+        if batch_size is not None:
+            changes["batch_size"] = batch_size or None
+        found = pipeline.calibrate_run(run_dir, changes, components.split(","), checkpoints, workers, progress)
+    out.print(f"{'sound' if found.sound else 'not sound'}:", markup=False)
+    for reason in found.reasons:
+        out.print(f"  {reason}", soft_wrap=True, markup=False)
+    table = Table("step", "component", "LLC", "unhealthy because", box=box.SIMPLE)
+    for trial in found.final:
+        estimate = trial.estimate
         reasons = "; ".join(estimate.health.reasons)
-        out.print(f"! {name} at step {step}, localization {config.localization:g}: {reasons}", soft_wrap=True)
+        table.add_row(str(trial.step), estimate.component, f"{estimate.llc:.2f} ± {estimate.std_error:.2f}", reasons)
+    out.print(table)
+    out.print(f"figure: {run_dir / 'calibration.svg'}", soft_wrap=True)
+    out.print(f"config: {run_dir / 'calibrated.toml'}", soft_wrap=True)
+    raise typer.Exit(0 if found.sound else 1)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from mechgrok.errors import ConfigError
 MAX_P = 1000
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
 
 
 class Settings(BaseModel):
@@ -72,10 +73,13 @@ class TrainConfig(Settings):
 
 
 class LLCConfig(Settings):
-    """One localized SGLD setting; estimates of different settings are not comparable.
+    """One setting of the sampler; estimates of different settings are not comparable.
 
     nbeta: n times the inverse temperature beta. localization: gamma, the strength of the pull to
     w*. step_size: epsilon. batch_size: examples per step, or None for all (no gradient noise).
+    momentum: the share of its velocity that sgnht or baoab keeps over one step. rmsprop_decay,
+    rmsprop_stability: of rmsprop_sgld. canonicalize: sample the model in its canonical gauge.
+    engine: "devinterp" runs devinterp's own sampler, to check against; it offers sgld and rmsprop_sgld.
     """
 
     nbeta: Annotated[float, Field(ge=0)]
@@ -85,7 +89,27 @@ class LLCConfig(Settings):
     n_draws: Annotated[int, Field(ge=8)] = 200
     n_burnin: Annotated[int, Field(ge=0)] = 100
     batch_size: PositiveInt | None = None
-    sampler: Literal["sgld"] = "sgld"
+    sampler: SamplerName = "sgld"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rmsprop_decay: Fraction = 0.99
+    rmsprop_stability: PositiveFloat = 0.1
+    canonicalize: bool = False
+    engine: Literal["mechgrok", "devinterp"] = "mechgrok"
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Self:
+        if self.sampler == "mala" and self.batch_size is not None:
+            raise ValueError(f"sampler mala needs exact gradients, got batch_size {self.batch_size}; leave it out")
+        if self.sampler == "sgnht" and self.momentum == 0:
+            raise ValueError("sgnht needs a velocity to measure: set momentum above 0, or use baoab")
+        if self.engine == "devinterp" and self.sampler not in ("sgld", "rmsprop_sgld"):
+            raise ValueError(f"devinterp has no sound {self.sampler}; use sgld or rmsprop_sgld, or engine mechgrok")
+        return self
+
+    def halved(self) -> Self:
+        """Half the step size for twice as many steps: the same time, so the same mixing."""
+        changes = {"step_size": self.step_size / 2, "n_draws": 2 * self.n_draws, "n_burnin": 2 * self.n_burnin}
+        return self.model_copy(update=changes)
 
     def __init__(self, **values: Any) -> None:
         # The one settings model that users build by hand: they get our error, not pydantic's.
@@ -144,6 +168,12 @@ class RunConfig(Settings):
     llc: CurveConfig
     stages: StageConfig
     analyses: AnalysesConfig
+
+    def with_sampling(self, sampling: LLCConfig) -> "RunConfig":
+        """The same experiment with other sampling settings; the control localization moves along."""
+        ratio = self.llc.control_localization / self.llc.sampling.localization
+        curve = {"sampling": sampling, "control_localization": ratio * sampling.localization}
+        return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
 
     def digest(self) -> str:
         """SHA-256 of the settings in canonical JSON: equal exactly when every setting is equal."""

@@ -4,22 +4,24 @@ Every step reads what an earlier run of it left in the run directory, so a run t
 on where it stopped and ends in the same bits. Analyses take the `Study` from here; see `analyses`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from joblib import cpu_count
 
 from mechgrok.components import expand_names
 from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
+from mechgrok.llc.calibrate import calibrate
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
-from mechgrok.llc.estimate import check_batch_size
+from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
-from mechgrok.store import RunDirectory
+from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
 from mechgrok.train import load_trajectory, train
-from mechgrok.types import LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
+from mechgrok.types import Calibration, LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
 
@@ -88,14 +90,45 @@ def load_study(path: str | Path) -> Study:
     return Study(config, split, trajectory, curve, find_stages(curve, config))
 
 
-def unhealthy_estimates(path: str | Path) -> dict[Unit, LLCEstimate]:
-    """Those estimates of a run that are not healthy; `health.reasons` says why and what to change."""
+def doubtful_estimates(path: str | Path) -> dict[Unit, LLCEstimate]:
+    """Those estimates of a run with `health.reasons` against them, or `health.cautions`, which say what to change."""
     directory = RunDirectory.open(path)
     config = directory.config
     split = make_split(config.task, config.seed)
     steps = load_trajectory(directory, split).steps
     found = stored_estimates(directory, curve_units(config, component_names(config, split), steps))
-    return {unit: estimate for unit, estimate in found.items() if not estimate.health.healthy}
+    return {unit: estimate for unit, estimate in found.items() if estimate.health.reasons or estimate.health.cautions}
+
+
+def calibrate_run(
+    path: str | Path,
+    changes: Mapping[str, Any],
+    components: Sequence[str] = ("model",),
+    n_checkpoints: int = 3,
+    n_workers: int | None = None,
+    progress: Progress = silent,
+) -> Calibration:
+    """Recommend sampling settings for a trained run; write calibration.svg, calibration.json, calibrated.toml.
+
+    Args:
+        changes: what to keep other than the run's own sampler, momentum, batch_size, n_chains, canonicalize.
+    """
+    from mechgrok.plotting import calibration_figure, to_svg  # matplotlib, which the other commands do not need
+
+    directory = RunDirectory.open(path)
+    config = directory.config
+    split = make_split(config.task, config.seed)
+    own = config.llc.sampling
+    kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
+    found = calibrate(
+        load_trajectory(directory, split), split.train, seed=config.seed, components=components,
+        n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress, **(kept | dict(changes)),
+    )  # fmt: skip
+    with directory.locked():
+        directory.write_text("calibration.svg", to_svg(calibration_figure(found)))
+        directory.write_json("calibration.json", calibration_record(found))
+        directory.write_text("calibrated.toml", config.with_sampling(found.recommended).to_toml())
+    return found
 
 
 def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
@@ -111,7 +144,7 @@ def follow(
     n_workers: int | None,
     progress: Progress,
 ) -> LLCCurve:
-    """The LLC of every component at every checkpoint, and of the model at the control localization."""
+    """The LLC of every component at every checkpoint; the model's also as its controls are sampled."""
     config = directory.config
     units = curve_units(config, names, trajectory.steps)
     found = stored_estimates(directory, units)
@@ -136,9 +169,9 @@ def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
 
 
 def curve_units(config: RunConfig, names: Sequence[str], steps: Sequence[int]) -> list[Unit]:
-    """All units of work of a study, the dearest first."""
+    """All units of work of a study, the dearest first: the model also at half the step and at the control."""
     sampling, control = config.llc.sampling, config.llc.control
-    whole = [(step, "model", setting) for setting in (sampling, control) for step in steps]
+    whole = [(step, "model", setting) for setting in (sampling.halved(), sampling, control) for step in steps]
     return whole + [(step, name, sampling) for name in names if name != "model" for step in steps]
 
 
@@ -149,6 +182,7 @@ def stored_estimates(directory: RunDirectory, units: list[Unit]) -> dict[Unit, L
 
 
 def curve_of(found: dict[Unit, LLCEstimate], config: RunConfig, names: Sequence[str]) -> LLCCurve:
-    """The curve of all components, with the whole model's at the control localization beside it."""
+    """The curve of all components, with the whole model's at the control localization and at half the step."""
     control = assemble_curve(found, ["model"], config.llc.control)
-    return assemble_curve(found, names, config.llc.sampling, control)
+    finer = assemble_curve(found, ["model"], config.llc.sampling.halved())
+    return assemble_curve(found, names, config.llc.sampling, control, finer)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from mechgrok.types import LLCCurve, Stage, Trajectory
+from mechgrok.types import Calibration, LLCCurve, Stage, Trajectory, Trial
 
 INK = "#1f3b57"
 STAGE_COLORS = {"rising": "#f3d9b1", "falling": "#cfe3d4", "plateau": "#ececec"}
@@ -65,6 +66,13 @@ def llc_figure(
         _points(ax, of, "model", INK)
         gamma = "" if of.config is None else f", localization {of.config.localization:g}"
         developmental_axis(ax, stages, f"LLC of the model{gamma}")
+    if curve.finer is not None:
+        mine, other = curve.row("model"), curve.finer.row("model")
+        at = 2 * curve.finer.llc[other] - curve.llc[mine]
+        error = np.hypot(2 * curve.finer.std_error[other], curve.std_error[mine])
+        style: dict[str, Any] = {"fmt": "o", "color": INK, "mfc": "none", "alpha": 0.5, "markersize": 4, "lw": 1}
+        axes[0].errorbar(curve.steps, at, 1.96 * error, label="extrapolated to step size 0", **style)
+        axes[0].legend(frameon=False, fontsize=8)
     return fig
 
 
@@ -93,6 +101,64 @@ def components_figure(curve: LLCCurve, stages: Sequence[Stage]) -> Figure:
     return fig
 
 
+def calibration_figure(found: Calibration) -> Figure:
+    """One row a checkpoint and component: the grid as a heat map, the step-size sweep, and the traces.
+
+    Heat map: the LLC; a frame marks the recommended cell, a cross those that no setting should use.
+    Traces: the sampled loss, nats, averaged over chains, with the loss (dark) and with nbeta = 0 (red).
+    """
+    rows = [(trial.step, trial.estimate.component) for trial in found.final]
+    fig = Figure(figsize=(13, 3.4 * len(rows)), layout="constrained")
+    axes = np.atleast_2d(fig.subplots(len(rows), 3))
+    for line, (step, name) in zip(axes, rows, strict=True):
+
+        def mine(trials: Sequence[Trial], step: int = step, name: str = name) -> list[Trial]:
+            return [trial for trial in trials if (trial.step, trial.estimate.component) == (step, name)]
+
+        _heat_map(line[0], mine(found.grid), found)
+        line[0].set_title(f"{name} at step {step}: LLC", loc="left", fontsize=10)
+        sweep = [trial.estimate for trial in mine(found.steps)]
+        sizes = [estimate.config.step_size for estimate in sweep]
+        line[1].errorbar(sizes, [e.llc for e in sweep], [1.96 * e.std_error for e in sweep], fmt="o-", color=INK)
+        line[1].axvline(found.recommended.step_size, color=LANDMARK, ls="--", lw=1)
+        line[1].set(xscale="log", xlabel="step size", ylabel="LLC")
+        for trial, color, label in (
+            (mine(found.final)[0], INK, "sampled"),
+            (mine(found.control)[0], LANDMARK, "nbeta 0"),
+        ):
+            line[2].plot(trial.estimate.losses.mean(axis=0), color=color, lw=1, label=label)
+        line[2].axhline(mine(found.final)[0].estimate.init_loss, color="gray", lw=1, label="loss at w*")
+        line[2].set(xlabel="draw", ylabel="loss (nats)")
+        line[2].legend(frameon=False, fontsize=8)
+    return fig
+
+
+def _heat_map(ax: Axes, trials: Sequence[Trial], found: Calibration) -> None:
+    nbetas, gammas = (sorted({cell[axis] for cell in found.sensitivity}) for axis in (0, 1))
+    values = np.full((len(gammas), len(nbetas)), np.nan)
+    for trial in trials:
+        config = trial.estimate.config
+        values[gammas.index(config.localization), nbetas.index(config.nbeta)] = trial.estimate.llc
+    ax.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            usable = np.isfinite(found.sensitivity[nbetas[column], gammas[row]])
+            ax.text(
+                column,
+                row,
+                f"{value:.3g}" if usable else f"× {value:.3g}",
+                ha="center",
+                va="center",
+                color="w",
+                fontsize=7,
+            )
+    best = (nbetas.index(found.recommended.nbeta) - 0.5, gammas.index(found.recommended.localization) - 0.5)
+    ax.add_patch(Rectangle(best, 1, 1, fill=False, edgecolor=LANDMARK, lw=2.5))
+    ax.set_xticks(range(len(nbetas)), [f"{nbeta:g}" for nbeta in nbetas])
+    ax.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
+    ax.set(xlabel="nbeta", ylabel="localization")
+
+
 def to_svg(fig: Figure) -> str:
     """The figure as SVG text, the same bytes for the same figure: no date, no random ids."""
     import matplotlib as mpl
@@ -104,10 +170,14 @@ def to_svg(fig: Figure) -> str:
 
 
 def _points(ax: Axes, curve: LLCCurve, component: str, color: Any) -> None:
-    """Estimates with 95 % intervals; unhealthy ones as black crosses."""
+    """Estimates with 95 % intervals; saturated ones as open squares, unhealthy ones as black crosses."""
     row = curve.row(component)
-    healthy = curve.healthy[row]
-    for mask, style in ((healthy, {"fmt": "o", "color": color}), (~healthy, {"fmt": "x", "color": "black"})):
+    healthy, saturated = curve.healthy[row], curve.saturated[row]
+    for mask, style in (
+        (healthy & ~saturated, {"fmt": "o", "color": color}),
+        (healthy & saturated, {"fmt": "s", "color": color, "mfc": "white"}),
+        (~healthy, {"fmt": "x", "color": "black"}),
+    ):
         if mask.any():
             error = 1.96 * curve.std_error[row][mask]
             ax.errorbar(curve.steps[mask], curve.llc[row][mask], error, markersize=4, lw=1, zorder=3, **style)

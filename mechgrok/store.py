@@ -3,7 +3,9 @@
     config.toml                     the run's settings; another configuration is refused
     checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
     training/state.safetensors      parameters and AdamW moments, to resume from
-    llc/localization-<gamma>/<component>/step-00000100.safetensors   losses [chain, draw]; metadata: the estimate
+    llc/localization-<gamma>-step-size-<epsilon>/<component>/step-00000100.safetensors   losses [chain, draw];
+                                    metadata: the estimate
+    calibration.json  calibration.svg  calibrated.toml
     llc.nc  report.json  report.md  report.html
 
 The SHA-256 in a file's metadata covers its tensors and its other metadata, so a file that was cut or
@@ -12,9 +14,10 @@ altered is refused with its name rather than read.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from mechgrok.config import LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
-from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
+from mechgrok.types import Calibration, ChainHealth, CheckpointMetrics, LLCEstimate, Trial
 
 CONFIG = "config.toml"
 
@@ -160,7 +163,7 @@ class RunDirectory:
         return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def _estimate(self, step: int, component: str, config: LLCConfig) -> Path:
-        setting = f"localization-{config.localization!r}"
+        setting = f"localization-{config.localization!r}-step-size-{config.step_size!r}"
         return self.path / "llc" / setting / component / f"step-{step:08d}.safetensors"
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -197,6 +200,41 @@ def _ours(name: str) -> bool:
 
 
 _REMEDY = "delete that file and run `mechgrok run` again to make it anew"
+
+
+def calibration_record(found: Calibration) -> dict[str, Any]:
+    """What JSON keeps of a calibration: settings, reasons, and a row for every trial, without its losses."""
+
+    def rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+        return [
+            {
+                "step": trial.step, "component": trial.estimate.component,
+                **{key: getattr(trial.estimate.config, key) for key in ("nbeta", "localization", "step_size")},
+                **{key: _finite(getattr(trial.estimate, key)) for key in ("llc", "std_error")},
+                "rise": _finite(trial.rise),
+                "health": {
+                    key: _finite(value) if isinstance(value, float) else value
+                    for key, value in asdict(trial.estimate.health).items()
+                },
+            }
+            for trial in trials
+        ]  # fmt: skip
+
+    return {
+        "recommended": found.recommended.model_dump(),
+        "sound": found.sound,
+        "reasons": list(found.reasons),
+        "acceptance": found.acceptance,
+        "sensitivity": [
+            {"nbeta": nbeta, "localization": localization, "worst_slope": _finite(slope)}
+            for (nbeta, localization), slope in found.sensitivity.items()
+        ],
+        **{name: rows(getattr(found, name)) for name in ("grid", "steps", "final", "control")},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def run_directories(root: str | Path) -> list[Path]:

@@ -138,6 +138,11 @@ class ChainHealth:
     drift: change of the estimate between the halves of the run, as a share of the estimate's size.
     diverged: share of chains that left the finite numbers.
     escaped: the sampled loss lost all that training had gained over chance.
+    saturation: rise of the sampled loss as a share of its rise under the localization alone (nbeta = 0);
+    near 1 the loss does not shape the draws. NaN where the localization raises no loss. saturated: it is
+    surely above a half, so the estimate is all but proportional to nbeta. That makes no estimate
+    unhealthy, as the chains are sound: it says how flat the loss is at the localization's scale.
+    acceptance: share of accepted proposals, 1 for samplers without any.
     """
 
     r_hat: float
@@ -145,11 +150,24 @@ class ChainHealth:
     drift: float
     diverged: float
     escaped: bool
+    saturation: float
+    saturated: bool
+    acceptance: float
     reasons: tuple[str, ...]
 
     @property
     def healthy(self) -> bool:
         return not self.reasons
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What to mind in a healthy estimate, and what to change."""
+        if not self.saturated:
+            return ()
+        return (
+            f"saturated (the loss rises {self.saturation:.0%} as much as under the localization alone, so the estimate "
+            "is proportional to nbeta): lower localization or raise nbeta",
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +176,10 @@ class LLCEstimate:
 
     init_loss_error is 0 where the baseline is the mean over all of the sampled data.
 
-    losses: Float[chain, draw], nats, burn-in left out; NaN from where a chain diverged.
+    losses: Float[chain, draw], nats, burn-in left out; NaN from where a chain diverged. Where `paired`,
+    each is L_b(w) - L_b(w*) + L_n(w*), the loss on the draw's batch b less that batch's own luck.
+    bias, bias_error: what the finite step size adds to llc, with its standard error; None where it was
+    not asked for. It is not subtracted from llc and not part of std_error.
     """
 
     component: str
@@ -170,6 +191,9 @@ class LLCEstimate:
     n_params: int
     config: LLCConfig
     health: ChainHealth
+    paired: bool = False
+    bias: float | None = None
+    bias_error: float | None = None
 
     def __post_init__(self) -> None:
         expected = (self.config.n_chains, self.config.n_draws)
@@ -178,10 +202,11 @@ class LLCEstimate:
 
 @dataclass(frozen=True)
 class LLCCurve:
-    """Estimates over training: llc, std_error, healthy are [component, checkpoint].
+    """Estimates over training: llc, std_error, healthy, saturated are [component, checkpoint].
 
-    init_loss: Float[checkpoint], the loss at each checkpoint, if known. control: the same curve
-    under another localization; it is never drawn on this one's axis.
+    init_loss: Float[checkpoint], the loss at each checkpoint, if known. control: the model's curve
+    under another localization; it is never drawn on this one's axis. finer: the model's curve at half
+    the step size, which tells the bias of this one.
     """
 
     steps: np.ndarray
@@ -189,9 +214,23 @@ class LLCCurve:
     llc: np.ndarray
     std_error: np.ndarray
     healthy: np.ndarray = field(default_factory=lambda: np.array(True))
+    saturated: np.ndarray = field(default_factory=lambda: np.array(False))
     init_loss: np.ndarray | None = None
     config: LLCConfig | None = None
     control: "LLCCurve | None" = None
+    finer: "LLCCurve | None" = None
+
+    @property
+    def bias(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the step size adds to the model's LLC, with its standard error, Float[checkpoint] each.
+
+        2 (llc - finer.llc), as in `llc.bias`; None where there is no finer curve.
+        """
+        if self.finer is None:
+            return None
+        mine, other = self.row("model"), self.finer.row("model")
+        error = np.hypot(self.std_error[mine], self.finer.std_error[other])
+        return 2 * (self.llc[mine] - self.finer.llc[other]), 2 * error
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -200,9 +239,10 @@ class LLCCurve:
         shape = (len(self.components), len(self.steps))
         for name in ("llc", "std_error"):
             set_field(self, name, np.asarray(getattr(self, name), dtype=float))
-        healthy = np.asarray(self.healthy, dtype=bool)
-        set_field(self, "healthy", np.full(shape, healthy) if healthy.ndim == 0 else healthy)
-        for name in ("llc", "std_error", "healthy"):
+        for name in ("healthy", "saturated"):
+            flags = np.asarray(getattr(self, name), dtype=bool)
+            set_field(self, name, np.full(shape, flags) if flags.ndim == 0 else flags)
+        for name in ("llc", "std_error", "healthy", "saturated"):
             got = getattr(self, name).shape
             _expect(got == shape, f"{name} must be [component, checkpoint] {shape}, got {got}")
         increasing = self.steps.ndim == 1 and self.steps.size > 0 and bool(np.all(np.diff(self.steps) > 0))
@@ -225,11 +265,49 @@ class LLCCurve:
 
         dims = ("component", "checkpoint")
         data = xr.Dataset(
-            {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy")},
+            {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy", "saturated")},
             coords={"component": list(self.components), "checkpoint": self.steps},
             attrs={k: v for k, v in self.config.model_dump().items() if v is not None} if self.config else {},
         )
         return data if self.init_loss is None else data.assign(init_loss=("checkpoint", self.init_loss))
+
+
+Cell = tuple[float, float]  # (nbeta, localization)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One estimate of a sweep: at which checkpoint, and what came out. Its settings are estimate.config."""
+
+    step: int
+    estimate: LLCEstimate
+
+    @property
+    def rise(self) -> float:
+        """By how much the sampled loss lies above that at w*, nats; NaN if no chain stayed finite."""
+        finite = np.isfinite(self.estimate.losses).all(axis=1)
+        return float(self.estimate.losses[finite].mean() - self.estimate.init_loss) if finite.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A recommended setting, why, and everything it was read from.
+
+    sound: whether all that is asked of a setting holds for this one; `reasons` say what does not.
+    sensitivity: (nbeta, localization) -> |d log llc / d log setting|, the larger of the two, NaN where unusable.
+    grid, steps: the sweeps. final, control: the recommended setting, and the same with nbeta = 0.
+    acceptance: of mala at the recommended step size, None where it was too dear.
+    """
+
+    recommended: LLCConfig
+    sound: bool
+    reasons: tuple[str, ...]
+    sensitivity: Mapping[Cell, float]
+    grid: tuple[Trial, ...]
+    steps: tuple[Trial, ...]
+    final: tuple[Trial, ...]
+    control: tuple[Trial, ...]
+    acceptance: float | None
 
 
 Direction = Literal["rising", "falling", "plateau"]

@@ -1,20 +1,28 @@
 """Cases with exact answers, and small hand-built models whose inside is known."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok import seeds
 from mechgrok.config import LLCConfig, ModelConfig, RunConfig
 from mechgrok.model import model_from_parameters
 from mechgrok.tasks import make_split
 from mechgrok.types import Split
 
 
-def sgld_stationary_llc(curvature: np.ndarray, config: LLCConfig) -> float:
-    """Long-run SGLD estimate on L = 1/2 sum h_i w_i^2 with full gradients: step-size bias included."""
+def stationary_llc(curvature: np.ndarray, config: LLCConfig) -> float:
+    """Long-run estimate on L = 1/2 sum h_i w_i^2 with full gradients, for samplers where it is exact.
+
+    1/2 sum nbeta h_i var_i with var = 1 / (a (1 - step_size a / 4)) for sgld, its step-size bias included,
+    and 1 / a for baoab and mala; a_i = nbeta h_i + localization.
+    """
     a = config.nbeta * curvature + config.localization
-    return float(0.5 * np.sum(config.nbeta * curvature / (a * (1 - config.step_size * a / 4))))
+    shrink = {"sgld": 1 - config.step_size * a / 4, "baoab": 1.0, "mala": 1.0}[config.sampler]
+    return float(0.5 * np.sum(config.nbeta * curvature / (a * shrink)))
 
 
 class Quadratic(torch.nn.Module):
@@ -28,6 +36,41 @@ class Quadratic(torch.nn.Module):
 
 def quadratic_loss(module: torch.nn.Module, x: Tensor) -> Tensor:
     return 0.5 * (module.curvature * module.w**2).sum() + 0.0 * x
+
+
+def noisy_quadratic(n_params: int, n_examples: int, seed: int) -> tuple[Quadratic, Tensor, Callable[..., Tensor]]:
+    """(module, centres, loss): L_i = 1/2 sum h_j (w_j - c_ij)^2, with gradient noise alike in every direction.
+
+    The centres of each coordinate have mean 0 and variance (.3 / h_j)^2, so the mean loss is the
+    Quadratic's plus an irreducible constant.
+    """
+    curvature = torch.logspace(-1, 1, n_params, dtype=torch.float64)
+    centres = torch.randn(n_examples, n_params, generator=seeds.stream(seed, "centres"), dtype=torch.float64)
+    centres = (centres - centres.mean(0)) / centres.std(0, correction=0) * 0.3 / curvature
+
+    def loss(module: torch.nn.Module, centre: Tensor) -> Tensor:
+        return 0.5 * (module.curvature * (module.w - centre) ** 2).sum(-1)
+
+    return Quadratic(curvature), centres, loss
+
+
+class QuarticWell(torch.nn.Module):
+    """L = w^4 at its minimum: singular, with learning coefficient 1/4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+
+def quartic_loss(module: torch.nn.Module, x: Tensor) -> Tensor:
+    return module.w**4 + 0.0 * x
+
+
+def quartic_llc(config: LLCConfig) -> float:
+    """nbeta E[w^4] under exp(-nbeta w^4 - localization / 2 w^2), by quadrature."""
+    w = np.linspace(-3, 3, 200_001)
+    density = np.exp(-config.nbeta * w**4 - config.localization / 2 * w**2)
+    return float(config.nbeta * np.sum(w**4 * density) / np.sum(density))
 
 
 def tiny_config(**changes: dict) -> RunConfig:

@@ -1,6 +1,5 @@
 """Ablation on a model with one head that matters and one that is dead by construction."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,5 +88,5 @@ def test_wrllc_and_ablation_are_compared_head_by_head_whatever_their_order_in_th
     )
     agree = analysis.conclude({"step": steps, **series}, stages, curve)[-1]
     assert agree.value == pytest.approx(1.0)
-    few = replace(curve, components=names[:3], llc=llc[:3], std_error=np.ones((3, 3)), healthy=healthy[:3])
+    few = LLCCurve(steps=steps, components=names[:3], llc=llc[:3], std_error=np.ones((3, 3)), healthy=healthy[:3])
     assert np.isnan(analysis.conclude({"step": steps, **series}, stages, few)[-1].value)

@@ -89,7 +89,7 @@ def test_what_is_outside_a_component_keeps_its_bits_in_every_replica() -> None:
     model = build()
     head = component(model, "L0H1")
     own = {name: q.detach() for name, q in model.named_parameters()}
-    _, theta = sample(HeadPotential(model, SPLIT.train, head), CONFIG, 0, ("x",))
+    theta = sample(HeadPotential(model, SPLIT.train, head), CONFIG, 0, ("x",)).theta
     rest = complement(model, head)
     for replica in theta:
         moved = inserter(head, own)(replica)
@@ -129,7 +129,7 @@ def test_a_negative_estimate_is_reported_as_it_is() -> None:
     def slope(module, x):
         return module.w.sum() + 0.0 * x
 
-    config = mg.LLCConfig(nbeta=10.0, step_size=1e-3, localization=10.0, n_chains=4, n_draws=400, n_burnin=400)
+    config = mg.LLCConfig(nbeta=10.0, step_size=1e-3, localization=10.0, n_chains=4, n_draws=3000, n_burnin=400)
     estimate = mg.estimate_llc(Quadratic(torch.zeros(2)), (torch.zeros(2),), loss_fn=slope, config=config, seed=0)
     # Stationary mean of each weight: -nbeta / localization = -1, so llc = nbeta * 2 * -1.
     assert estimate.llc == pytest.approx(-20.0, abs=5 * estimate.std_error)

@@ -9,10 +9,9 @@ import torch
 from mechgrok import LLCConfig, estimate_llc
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.diagnostics import health, summarize
-from mechgrok.sampling.kernels import sgld_step
 from mechgrok.sampling.potential import ModulePotential
 from mechgrok.types import Component
-from tests.oracles import Quadratic, quadratic_loss, sgld_stationary_llc
+from tests.oracles import Quadratic, quadratic_loss, stationary_llc
 
 CURVATURE = torch.tensor([0.0, 0.3, 1.0, 2.0, 5.0, 0.1, 1.5, 3.0], dtype=torch.float64)
 X = torch.zeros(4, dtype=torch.float64)
@@ -21,14 +20,6 @@ X = torch.zeros(4, dtype=torch.float64)
 def config(**changes) -> LLCConfig:
     values = {"nbeta": 30.0, "step_size": 0.01, "localization": 5.0, "n_chains": 64, "n_draws": 600, "n_burnin": 200}
     return LLCConfig(**(values | changes))
-
-
-def test_a_step_is_its_formula() -> None:
-    theta, grad, noise = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -1.0]]), torch.tensor([[0.1, 0.2]])
-    got = sgld_step(theta, grad, torch.tensor([0.0, 1.0]), noise, nbeta=10.0, step_size=0.04, localization=3.0)
-    first = 1.0 - 0.02 * (10 * 0.5 + 3 * 1.0) + 0.2 * 0.1
-    second = 2.0 - 0.02 * (10 * -1.0 + 3 * 1.0) + 0.2 * 0.2
-    torch.testing.assert_close(got, torch.tensor([[first, second]]))
 
 
 @pytest.mark.parametrize("step_size", [0.004, 0.02])
@@ -41,7 +32,7 @@ def test_sgld_reaches_its_exact_stationary_value_on_a_quadratic(step_size: float
     estimate = estimate_llc(
         Quadratic(CURVATURE), (X,), loss_fn=quadratic_loss, config=settings, component={"w": mask}, seed=1
     )
-    exact = sgld_stationary_llc(CURVATURE[mask].numpy(), settings)
+    exact = stationary_llc(CURVATURE[mask].numpy(), settings)
     assert estimate.n_params == int(mask.sum())
     assert estimate.std_error < 0.02 * exact
     assert abs(estimate.llc - exact) < 3 * estimate.std_error
@@ -50,9 +41,9 @@ def test_sgld_reaches_its_exact_stationary_value_on_a_quadratic(step_size: float
 
 def test_the_mask_and_the_step_size_matter_to_the_exact_value() -> None:
     """The controls of the test above: wrong answers would be far outside its tolerance."""
-    exact = sgld_stationary_llc(CURVATURE.numpy(), config(step_size=0.02))
-    assert abs(sgld_stationary_llc(CURVATURE[:4].numpy(), config(step_size=0.02)) / exact - 1) > 0.2
-    assert abs(sgld_stationary_llc(CURVATURE.numpy(), config(step_size=1e-9)) / exact - 1) > 0.1
+    exact = stationary_llc(CURVATURE.numpy(), config(step_size=0.02))
+    assert abs(stationary_llc(CURVATURE[:4].numpy(), config(step_size=0.02)) / exact - 1) > 0.2
+    assert abs(stationary_llc(CURVATURE.numpy(), config(step_size=1e-9)) / exact - 1) > 0.1
 
 
 def test_a_flat_loss_has_llc_zero_with_no_error() -> None:
@@ -67,21 +58,24 @@ def test_with_no_gradient_the_weights_are_the_localizing_gaussian() -> None:
     """nbeta = 0: pure diffusion, stationary variance 1 / (gamma (1 - eps gamma / 4))."""
     settings = config(nbeta=0.0, n_chains=2000, n_draws=8, n_burnin=400, localization=20.0)
     potential = ModulePotential(Quadratic(CURVATURE), quadratic_loss, (X,), Component("model", {"w": None}, 8))
-    _, theta = sample(potential, settings, 0, ("flat",))
+    theta = sample(potential, settings, 0, ("flat",)).theta
     exact = 1 / (20.0 * (1 - 0.01 * 20.0 / 4))
     relative_error = math.sqrt(2 / theta.numel())
     assert abs(float(theta.var()) / exact - 1) < 4 * relative_error
 
 
-def test_chains_draw_the_same_alone_or_among_others() -> None:
+@pytest.mark.parametrize("sampler", ["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"])
+def test_chains_draw_the_same_alone_or_among_others(sampler: str) -> None:
     potential = ModulePotential(
         Quadratic(CURVATURE), quadratic_loss, (torch.arange(9, dtype=torch.float64),), Component("m", {"w": None}, 8)
     )
-    few, _ = sample(potential, config(n_chains=2, n_draws=20, batch_size=3), 5, ("a",))
-    many, _ = sample(potential, config(n_chains=6, n_draws=20, batch_size=3), 5, ("a",))
-    torch.testing.assert_close(many[:2], few, rtol=1e-12, atol=0)
-    other, _ = sample(potential, config(n_chains=2, n_draws=20, batch_size=3), 5, ("b",))
-    assert not torch.isclose(other, few).any()
+    shape = {"n_draws": 20, "batch_size": None if sampler == "mala" else 3, "sampler": sampler, "momentum": 0.5}
+    few = sample(potential, config(n_chains=2, **shape), 5, ("a",))
+    many = sample(potential, config(n_chains=6, **shape), 5, ("a",))
+    torch.testing.assert_close(many.losses[:2], few.losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(many.theta[:2], few.theta, rtol=1e-12, atol=0)
+    other = sample(potential, config(n_chains=2, **shape), 5, ("b",))
+    assert not torch.isclose(other.losses[:, 1:], few.losses[:, 1:]).all(1).any()
 
 
 def test_masked_sampling_equals_an_independent_slow_sampler() -> None:
@@ -91,7 +85,8 @@ def test_masked_sampling_equals_an_independent_slow_sampler() -> None:
     mask = torch.tensor([True, False, True, True, False, False, True, False])
     settings = config(n_chains=3, n_draws=30, n_burnin=5)
     potential = ModulePotential(Quadratic(CURVATURE), quadratic_loss, (X,), Component("m", {"w": mask}, 4))
-    losses, theta = sample(potential, settings, 7, ("slow",))
+    draws = sample(potential, settings, 7, ("slow",))
+    losses, theta = draws.losses, draws.theta
     for chain in range(3):
         rng = seeds.stream(7, "slow", "noise", chain)
         w = torch.zeros(8, dtype=torch.float64)

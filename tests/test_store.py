@@ -89,7 +89,7 @@ def test_a_flipped_bit_an_edited_number_and_a_swapped_file_are_noticed(copied: P
 
 
 def test_an_estimate_under_another_name_is_noticed(copied: Path) -> None:
-    folder = copied / "llc" / "localization-200.0"
+    folder = copied / "llc" / "localization-200.0-step-size-0.001"
     shutil.copy(folder / "L0H0" / "step-00000040.safetensors", folder / "L0H1" / "step-00000040.safetensors")
     with pytest.raises(CheckpointError, match="holds another estimate than its name says"):
         pipeline.load_study(copied)
@@ -153,8 +153,8 @@ def test_a_finished_run_is_not_done_again_and_reads_the_same(tiny_run: tuple) ->
 
 
 def test_an_unfinished_run_is_not_loaded(copied: Path) -> None:
-    (copied / "llc" / "localization-200.0" / "model" / "step-00000040.safetensors").unlink()
-    with pytest.raises(RunDirectoryError, match="31 of 32 estimates; run `mechgrok run` again"):
+    (copied / "llc" / "localization-200.0-step-size-0.001" / "model" / "step-00000040.safetensors").unlink()
+    with pytest.raises(RunDirectoryError, match="39 of 40 estimates; run `mechgrok run` again"):
         pipeline.load_study(copied)
 
 

@@ -78,7 +78,11 @@ def estimate_units(
 
 
 def assemble_curve(
-    found: Mapping[Unit, LLCEstimate], components: Sequence[str], config: LLCConfig, control: LLCCurve | None = None
+    found: Mapping[Unit, LLCEstimate],
+    components: Sequence[str],
+    config: LLCConfig,
+    control: LLCCurve | None = None,
+    finer: LLCCurve | None = None,
 ) -> LLCCurve:
     """A curve from the estimates of all its units. Raises ShapeError if there are none."""
     steps = sorted({step for step, _, at in found if at == config})
@@ -94,9 +98,11 @@ def assemble_curve(
         llc=grid(lambda e: e.llc),
         std_error=grid(lambda e: e.std_error),
         healthy=grid(lambda e: e.health.healthy),
+        saturated=grid(lambda e: e.health.saturated),
         init_loss=grid(lambda e: e.init_loss)[0],
         config=config,
         control=control,
+        finer=finer,
     )
 
 

@@ -1,29 +1,33 @@
 """One estimator for the LLC, the wrLLC, the drLLC and the wdrLLC: component and examples are arguments."""
 
-from collections.abc import Mapping, Sequence
+import math
+from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from mechgrok import seeds
 from mechgrok.config import LLCConfig
-from mechgrok.errors import ComponentError, ConfigError, ShapeError
-from mechgrok.sampling.chains import sample
+from mechgrok.llc.bias import step_size_bias
+from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
+from mechgrok.sampling.chains import Draws, sample
 from mechgrok.sampling.diagnostics import health, summarize
-from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
-from mechgrok.types import Component, Examples, LLCEstimate
+from mechgrok.sampling.potential import LossFn
+from mechgrok.types import LLCEstimate
 
-ComponentLike = str | Component | Mapping[str, Tensor | None] | None
+N_PRIOR_DRAWS = 4  # from the localization alone, per chain; their mean loss is only held against a factor of two
 
 
 def estimate_llc(
     model: torch.nn.Module,
-    data: Examples | Sequence[Tensor],
+    data: Data,
     *,
     config: LLCConfig,
     seed: int,
     component: ComponentLike = None,
     loss_fn: LossFn | None = None,
     chance_loss: float | None = None,
+    bias: bool = False,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a component at the model's own parameters w*.
 
@@ -40,7 +44,9 @@ def estimate_llc(
         loss_fn: (module, *batch) -> loss of each example in nats, Float[batch]; with tensors only.
         chance_loss: the loss of guessing, nats, to tell an escaped chain; a HookedTransformer has
             ln(d_vocab_out), another module none unless given.
-        seed: chain c draws from the streams (seed, "sgld", component name, ..., c).
+        seed: chain c draws from the streams (seed, sampler, component name, settings, ..., c).
+        bias: also sample at half the step size, for twice as many steps, and extrapolate what the
+            step size adds to llc; three times the cost.
 
     Returns:
         LLCEstimate; std_error = nbeta * standard error of the mean sampled loss. `losses` are
@@ -52,114 +58,87 @@ def estimate_llc(
 
     Source: Lau et al. 2023 (arXiv:2308.12108); refined: Wang et al. 2024 (arXiv:2410.02984).
     """
-    if isinstance(data, Examples):
-        if loss_fn is not None:
-            raise ConfigError(
-                "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
-            )
-        potential, init_losses, resolved, chance = _hooked(model, data, component)
-        chance_loss = chance if chance_loss is None else chance_loss
-    else:
-        if loss_fn is None:
-            raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
-        if isinstance(data, Tensor):
-            raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
-        potential, init_losses, resolved = _module(model, tuple(data), loss_fn, component)
-    return _estimate(potential, init_losses, resolved.name, config, seed, chance_loss)
+    problem = make_problem(
+        model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, canonicalize=config.canonicalize
+    )
+    check_batch_size(config, len(problem.init_losses))
+    estimate = estimate_problem(problem, config, seed)
+    if not bias:
+        return estimate
+    found, error = step_size_bias(estimate, estimate_problem(problem, config.halved(), seed))
+    return replace(estimate, bias=found, bias_error=error)
 
 
-def _hooked(
-    model: torch.nn.Module, examples: Examples, component: ComponentLike
-) -> tuple[Potential, Tensor, Component, float]:
-    from transformer_lens import HookedTransformer
-
-    from mechgrok.components import component as named
-    from mechgrok.llc.head_potential import HeadPotential, can_hook
-    from mechgrok.model import chance_loss, model_losses
-
-    if not isinstance(model, HookedTransformer):
-        raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
-    for values, size, what in (
-        (examples.tokens, model.cfg.d_vocab, "tokens"),
-        (examples.targets, model.cfg.d_vocab_out, "targets"),
-    ):
-        if int(values.min()) < 0 or int(values.max()) >= size:
-            raise ShapeError(f"{what} must lie in 0 ... {size - 1}, got {int(values.min())} ... {int(values.max())}")
-    component = "model" if component is None else component
-    resolved = named(model, component) if isinstance(component, str) else _resolve(model, component)
-    with torch.no_grad():
-        init_losses = model_losses(model, *examples.tensors)
-    if can_hook(model, resolved):
-        return HeadPotential(model, examples, resolved), init_losses, resolved, chance_loss(model)
-    return ModulePotential(model, model_losses, examples.tensors, resolved), init_losses, resolved, chance_loss(model)
+def estimate_problem(problem: Problem, config: LLCConfig, seed: int) -> LLCEstimate:
+    """`estimate_llc` of a problem that is made already."""
+    return estimate_of(problem, config, _draw(problem, config, seed), seed)
 
 
-def _module(
-    module: torch.nn.Module, tensors: tuple[Tensor, ...], loss_fn: LossFn, component: ComponentLike
-) -> tuple[Potential, Tensor, Component]:
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(lengths) != 1 or lengths == {0}:
-        raise ShapeError(f"data must be tensors with a common first axis, not empty; got lengths {sorted(lengths)}")
-    if isinstance(component, str):
-        raise ComponentError(f"names such as {component!r} need a HookedTransformer; pass a dict of masks instead")
-    if any(isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training for part in module.modules()):
-        raise ConfigError("the module is in train mode and has dropout, so its loss is random; call module.eval()")
-    resolved = _resolve(module, component)
-    with torch.no_grad():
-        init_losses = loss_fn(module, *tensors)
-    if init_losses.shape != tensors[0].shape[:1]:
-        raise ShapeError(
-            f"loss_fn must return one loss per example [{len(tensors[0])}], got {tuple(init_losses.shape)}"
-        )
-    return ModulePotential(module, loss_fn, tensors, resolved), init_losses, resolved
+def stream_names(problem: Problem, config: LLCConfig) -> tuple[seeds.Name, ...]:
+    """What names the streams of an estimate: other settings draw other noise, more chains do not."""
+    settings = f"nbeta={config.nbeta!r} step_size={config.step_size!r} localization={config.localization!r}"
+    return (config.sampler, problem.component.name, settings)
 
 
-def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor | None] | None) -> Component:
-    own = dict(module.named_parameters())
-    if component is None:
-        return Component("model", dict.fromkeys(own), sum(parameter.numel() for parameter in own.values()))
-    masks = component.masks if isinstance(component, Component) else dict(component)
-    for name, mask in masks.items():
-        if name not in own:
-            raise ComponentError(f"the model has no parameter {name!r}; it has {', '.join(own)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != own[name].shape):
-            raise ComponentError(
-                f"the mask of {name!r} must be bool of shape {tuple(own[name].shape)}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
-    if isinstance(component, Component):
-        return component
-    n_params = sum(own[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items())
-    return Component("masked", masks, n_params)
-
-
-def check_batch_size(config: LLCConfig, n_examples: int) -> None:
-    """Raise ConfigError if a batch asks for more examples than there are."""
-    if config.batch_size is not None and config.batch_size > n_examples:
-        raise ConfigError(
-            f"batch_size {config.batch_size} exceeds the {n_examples} examples; "
-            "lower it, or leave it out to use all examples in each step"
-        )
-
-
-def _estimate(
-    potential: Potential, init_losses: Tensor, name: str, config: LLCConfig, seed: int, chance_loss: float | None
-) -> LLCEstimate:
-    check_batch_size(config, potential.n_examples)
-    if not bool(init_losses.isfinite().all()):
-        raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
-    init_loss = float(init_losses.double().mean())
-    losses = sample(potential, config, seed, ("sgld", name))[0].numpy()
+def estimate_of(problem: Problem, config: LLCConfig, draws: Draws, seed: int) -> LLCEstimate:
+    """The estimate that these draws of the problem give."""
+    init_loss = problem.init_loss
+    losses, paired = _less_the_batches_luck(draws, problem)
     summary = summarize(losses)
+    prior_rise = _prior_rise(problem, config, seed)
     return LLCEstimate(
-        component=name,
+        component=problem.component.name,
         llc=config.nbeta * (summary.mean - init_loss),
         std_error=config.nbeta * summary.std_error,
         losses=losses,
         init_loss=init_loss,
         # The baseline is evaluated on exactly the data that is sampled, so it has no sampling error.
         init_loss_error=0.0,
-        n_params=len(potential.anchor),
+        n_params=len(problem.potential.anchor),
         config=config,
-        health=health(summary, init_loss, chance_loss),
+        health=health(summary, init_loss, problem.chance_loss, prior_rise, float(draws.acceptance.mean())),
+        paired=paired,
     )
+
+
+def _draw(problem: Problem, config: LLCConfig, seed: int) -> Draws:
+    if config.engine == "devinterp":
+        from mechgrok.llc.devinterp_engine import devinterp_draws
+
+        return devinterp_draws(problem, config, seed)
+    return sample(problem.potential, config, seed, stream_names(problem, config))
+
+
+def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, bool]:
+    """(losses [chain, draw], whether they are paired), whichever varies less.
+
+    Paired: L_b(w) - L_b(w*) + L_n(w*). Batches are drawn uniformly, so both have the same mean; the
+    pairing takes out what batches of irreducible loss add to the variance, and adds some where the
+    losses at w and at w* have nothing to do with each other.
+    """
+    plain = draws.losses.numpy()
+    if draws.index is None:
+        return plain, False
+    luck = problem.init_losses[draws.index].mean(-1).numpy() - problem.init_loss
+    finite = np.isfinite(plain).all(axis=1)
+    if not finite.any() or (plain - luck)[finite].std() >= plain[finite].std():
+        return plain, False
+    return plain - luck, True
+
+
+def _prior_rise(problem: Problem, config: LLCConfig, seed: int) -> float:
+    """Mean L(w) - L(w*) over w ~ N(w*, 1 / localization), nats: the control with nbeta = 0, drawn exactly."""
+    if config.localization == 0:
+        return math.inf
+    potential, rises = problem.potential, []
+    for draw in range(N_PRIOR_DRAWS * config.n_chains):
+        rng = seeds.stream(seed, "prior", problem.component.name, repr(config.localization), draw)
+        noise = torch.randn(potential.anchor.shape, generator=rng, dtype=potential.anchor.dtype)
+        index = torch.arange(potential.n_examples)
+        if config.batch_size is not None:
+            index = torch.randint(potential.n_examples, (config.batch_size,), generator=rng)
+        theta = potential.anchor + noise / config.localization**0.5
+        losses = potential.losses(theta[None], index[None])[0]
+        rises.append(float((losses.double() - problem.init_losses[index]).mean()))
+    rise = float(np.mean(rises))
+    return math.inf if math.isnan(rise) else rise

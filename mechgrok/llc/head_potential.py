@@ -38,12 +38,18 @@ class HeadPotential:
             self._resid_pre = model(examples.tokens, stop_at_layer=self._first_layer)
 
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        n_replicas, n_batch = index.shape
-        flat = index.flatten()
         leaf = theta.detach().requires_grad_()
-        hooks = head_hooks(self._model, self._component, self._insert(leaf))
+        losses = self._evaluate(leaf, index)
+        gradient = torch.autograd.grad(losses.sum() / index.shape[1], leaf)[0]
+        return losses.detach(), gradient
+
+    @torch.no_grad()
+    def losses(self, theta: Tensor, index: Tensor) -> Tensor:
+        return self._evaluate(theta, index)
+
+    def _evaluate(self, theta: Tensor, index: Tensor) -> Tensor:
+        flat = index.flatten()
+        hooks = head_hooks(self._model, self._component, self._insert(theta))
         targets, weights = self._targets[flat], self._weights[flat]
         logits = scored_logits(self._model, self._resid_pre[flat], targets.shape[1], hooks, self._first_layer)
-        losses = example_losses(logits, targets, weights)
-        gradient = torch.autograd.grad(losses.sum() / n_batch, leaf)[0]
-        return losses.detach().reshape(n_replicas, n_batch), gradient
+        return example_losses(logits, targets, weights).reshape(index.shape)

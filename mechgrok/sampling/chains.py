@@ -1,18 +1,52 @@
 """Many chains advance together; each has its own streams, so it draws the same alone or among others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
-from mechgrok.sampling.kernels import sgld_step
+from mechgrok.sampling.kernels import mala_log_acceptance
 from mechgrok.sampling.potential import Potential
+from mechgrok.sampling.samplers import SAMPLERS, Slope, State
 
 
-def sample(potential: Potential, config: LLCConfig, seed: int, names: Sequence[seeds.Name]) -> tuple[Tensor, Tensor]:
-    """Localized SGLD from the anchor: (losses Float64[chain, draw], final theta Float[chain, param]).
+@dataclass(frozen=True)
+class Draws:
+    """losses: Float64[chain, draw], each the mean over that draw's own batch, at the draw's weights.
+
+    index: Int[chain, draw, batch], the examples of those batches; None where every batch is all examples.
+    theta: Float[chain, param], where the chains ended. acceptance: Float64[chain], the share of accepted
+    proposals (1 for samplers that propose nothing). observed: what `observe` returned, a list over draws.
+    """
+
+    losses: Tensor
+    index: Tensor | None
+    theta: Tensor
+    acceptance: Tensor
+    observed: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Weights with what was evaluated there: losses Float64[chain], energy U Float64[chain], the slope."""
+
+    theta: Tensor
+    losses: Tensor
+    energy: Tensor
+    slope: Slope
+
+
+def sample(
+    potential: Potential,
+    config: LLCConfig,
+    seed: int,
+    names: Sequence[seeds.Name],
+    observe: Callable[[Tensor], Tensor] | None = None,
+) -> Draws:
+    """Draw from exp(-nbeta L(theta) - localization / 2 |theta - anchor|^2), starting at the anchor.
 
     A draw's loss is that of its own batch at the weights before the step, so batch and weights are
     independent and the loss is unbiased. Batches are drawn with replacement. A chain whose loss or
@@ -20,26 +54,78 @@ def sample(potential: Potential, config: LLCConfig, seed: int, names: Sequence[s
 
     Args:
         names: what tells this run from others with the same seed; chain c draws from the streams
-            (seed, *names, "noise", c) and (seed, *names, "batch", c).
+            (seed, *names, "noise", c), (seed, *names, "batch", c) and, for mala, (seed, *names, "accept", c).
+        observe: called with the weights of every draw, Float[chain, param]; costs the chains nothing else.
     """
-    noises = [seeds.stream(seed, *names, "noise", chain) for chain in range(config.n_chains)]
-    batches = [seeds.stream(seed, *names, "batch", chain) for chain in range(config.n_chains)]
-    anchor = potential.anchor
-    theta = anchor.expand(config.n_chains, -1).clone()
+    sampler = SAMPLERS[config.sampler]
+    anchor, n_examples = potential.anchor, potential.n_examples
+
+    def streams(what: str) -> list[torch.Generator]:
+        return [seeds.stream(seed, *names, what, chain) for chain in range(config.n_chains)]
+
+    noises, batches, coins = streams("noise"), streams("batch"), streams("accept")
+
+    def normal() -> Tensor:
+        return torch.stack([torch.randn(anchor.shape, generator=rng, dtype=anchor.dtype) for rng in noises])
+
+    everything = torch.arange(n_examples).expand(config.n_chains, -1)
     losses = torch.full((config.n_chains, config.n_draws), torch.nan, dtype=torch.float64)
-    every_example = torch.arange(potential.n_examples).expand(config.n_chains, -1)
+    accepted = torch.zeros(config.n_chains, dtype=torch.float64)
+    indices, observed = [], []
+    theta = anchor.expand(config.n_chains, -1).clone()
+    state = sampler.start(theta, normal, config)
+    point: _Point | None = None
     for step in range(config.n_burnin + config.n_draws):
-        index = every_example
+        index = everything
         if config.batch_size is not None:
             size = (config.batch_size,)
-            index = torch.stack([torch.randint(potential.n_examples, size, generator=rng) for rng in batches])
-        example_losses, grad = potential.losses_and_grad(theta, index)
+            index = torch.stack([torch.randint(n_examples, size, generator=rng) for rng in batches])
+        new = _evaluate(potential, state.theta, index, config)
+        if sampler.metropolis and point is not None:
+            accept = _accept(point, new, coins, config.step_size)
+            accepted += accept
+            new = _choose(accept, new, point)
+            state = State(new.theta)
+        point = new
         if step >= config.n_burnin:
-            losses[:, step - config.n_burnin] = example_losses.double().mean(1)
-        noise = torch.stack([torch.randn(anchor.shape, generator=rng, dtype=anchor.dtype) for rng in noises])
-        theta = sgld_step(
-            theta, grad, anchor, noise,
-            nbeta=config.nbeta, step_size=config.step_size, localization=config.localization,
-        )  # fmt: skip
+            losses[:, step - config.n_burnin] = point.losses
+            indices.append(index)
+            if observe is not None:
+                observed.append(observe(point.theta))
+        state = sampler.step(state, point.slope, normal(), config)
     diverged = (~losses.isfinite()).cummax(1).values
-    return losses.masked_fill(diverged, torch.nan), theta
+    n_proposals = config.n_burnin + config.n_draws - 1
+    return Draws(
+        losses=losses.masked_fill(diverged, torch.nan),
+        index=None if config.batch_size is None else torch.stack(indices, dim=1),
+        theta=point.theta if sampler.metropolis and point is not None else state.theta,
+        acceptance=accepted / n_proposals if sampler.metropolis else torch.ones_like(accepted),
+        observed=observed,
+    )
+
+
+def _evaluate(potential: Potential, theta: Tensor, index: Tensor, config: LLCConfig) -> _Point:
+    example_losses, grad = potential.losses_and_grad(theta, index)
+    losses = example_losses.double().mean(1)
+    away = theta - potential.anchor
+    energy = config.nbeta * losses + 0.5 * config.localization * away.double().square().sum(1)
+    return _Point(theta, losses, energy, Slope(grad, config.nbeta * grad + config.localization * away))
+
+
+def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], step_size: float) -> Tensor:
+    """Which proposals are taken, Bool[chain]. One that is not finite never is."""
+    log_ratio = mala_log_acceptance(
+        old.theta, new.theta, old.energy, new.energy, old.slope.force, new.slope.force, step_size
+    )
+    coin = torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in coins])
+    return coin.log() < log_ratio
+
+
+def _choose(take: Tensor, new: _Point, old: _Point) -> _Point:
+    rows = take[:, None]
+    return _Point(
+        torch.where(rows, new.theta, old.theta),
+        torch.where(take, new.losses, old.losses),
+        torch.where(take, new.energy, old.energy),
+        Slope(torch.where(rows, new.slope.grad, old.slope.grad), torch.where(rows, new.slope.force, old.slope.force)),
+    )

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from mechgrok.types import ChainHealth
 
@@ -11,8 +13,11 @@ from mechgrok.types import ChainHealth
 # posterior reporting; a mean within its standard error needs less, 1.1 is Gelman & Rubin's.
 MAX_R_HAT = 1.1
 MIN_ESS = 20.0
+WINDOW = 10.0  # autocorrelation times that the estimate of the ess looks back on
 MAX_DRIFT = 0.2
 DRIFT_SIGNIFICANCE = 3.0  # a drift counts when it is also this many standard errors
+MAX_SATURATION = 0.5
+MIN_ACCEPTANCE = 0.2
 MIN_LEARNED = 0.05  # share of the chance loss that must have been learned before it can be lost
 
 
@@ -32,10 +37,14 @@ class ChainSummary:
 def summarize(losses: np.ndarray) -> ChainSummary:
     """Mean, Monte Carlo standard error, split R-hat and effective sample size of [chain, draw].
 
-    std_error = sd / sqrt(ess) with the multi-chain ess of Vehtari et al. 2021 (eqs. 10-13), whose
+    std_error = sd / sqrt(ess) * t / 1.96 with the multi-chain ess of Vehtari et al. 2021 (eqs. 10-13), whose
     variance estimate holds the spread between chains and whose autocorrelations hold that within
-    them. Chains with a NaN are left out, and counted in `diverged`. Chains that do not move at all
-    have no error: std_error 0, r_hat 1, ess = number of draws.
+    them. The ess is itself an estimate, with relative variance 2 / freedom, freedom = ess / 10 (Sokal
+    1997, for a window of ten autocorrelation times) and at least the number of chains less 1; t is
+    Student's 97.5 % quantile for it. So mean +- 1.96 std_error covers 95 % of the time also where the
+    chains are short: measured, in docs/accuracy.md.
+    Chains with a NaN are left out, and counted in `diverged`. Chains that do not move at all have no
+    error: std_error 0, r_hat 1, ess = number of draws.
     """
     finite = np.isfinite(losses).all(axis=1)
     kept = losses[finite]
@@ -51,8 +60,17 @@ def summarize(losses: np.ndarray) -> ChainSummary:
     )
 
 
-def health(summary: ChainSummary, init_loss: float, chance_loss: float | None) -> ChainHealth:
-    """Judge a summary against the loss at the anchor and the loss of guessing, both in nats."""
+def health(
+    summary: ChainSummary,
+    init_loss: float,
+    chance_loss: float | None,
+    prior_rise: float = math.inf,
+    acceptance: float = 1.0,
+) -> ChainHealth:
+    """Judge a summary against the loss at the anchor and the loss of guessing, both in nats.
+
+    prior_rise: by how much the loss rises under the localization alone, nats; infinite without one.
+    """
     size = abs(summary.mean - init_loss)
     change = summary.half_means[1] - summary.half_means[0]
     error = math.hypot(*summary.half_errors)
@@ -60,6 +78,9 @@ def health(summary: ChainSummary, init_loss: float, chance_loss: float | None) -
     learned = 0.0 if chance_loss is None else chance_loss - init_loss
     can_lose = chance_loss is not None and learned > MIN_LEARNED * chance_loss
     escaped = bool(can_lose and summary.mean - init_loss >= learned)
+    saturation = (summary.mean - init_loss) / prior_rise if prior_rise > 0 else math.nan
+    # What is not told from 0 is not told from a share either.
+    saturated = prior_rise > 0 and summary.mean - 2 * summary.std_error - init_loss > MAX_SATURATION * prior_rise
     reasons = []
     if summary.diverged > 0:
         reasons.append(f"{summary.diverged:.0%} of the chains diverged: lower step_size")
@@ -75,12 +96,21 @@ def health(summary: ChainSummary, init_loss: float, chance_loss: float | None) -
             f"left the basin (sampled loss {summary.mean:.2f} against {chance_loss:.2f} of guessing): "
             "raise localization or lower nbeta"
         )
-    return ChainHealth(summary.r_hat, summary.ess, drift, summary.diverged, escaped, tuple(reasons))
+    if acceptance < MIN_ACCEPTANCE:
+        reasons.append(f"{acceptance:.0%} of the proposals accepted: lower step_size")
+    return ChainHealth(
+        summary.r_hat, summary.ess, drift, summary.diverged, escaped, saturation, saturated, acceptance, tuple(reasons)
+    )
 
 
 def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
     spread = float(losses.std(ddof=1))
-    return float(losses.mean()), (0.0 if spread == 0 else spread / math.sqrt(_ess(losses)))
+    if spread == 0:
+        return float(losses.mean()), 0.0
+    ess = _ess(losses)
+    freedom = max(ess / WINDOW, len(losses) - 1)
+    widening = student_t.ppf(0.975, freedom) / norm.ppf(0.975)
+    return float(losses.mean()), spread / math.sqrt(ess) * float(widening)
 
 
 def _ess(losses: np.ndarray) -> float:

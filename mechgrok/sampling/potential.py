@@ -26,6 +26,10 @@ class Potential(Protocol):
         """
         ...
 
+    def losses(self, theta: Tensor, index: Tensor) -> Tensor:
+        """The per-example losses alone."""
+        ...
+
 
 class ModulePotential:
     """Any module and loss, by functional_call under vmap: parameters outside the component are constants."""
@@ -44,10 +48,15 @@ class ModulePotential:
             return losses.mean(), losses
 
         self._both = vmap(grad_and_value(mean_and_losses, has_aux=True), randomness="error")
+        self._losses = vmap(lambda theta, *batch: mean_and_losses(theta, *batch)[1], randomness="error")
 
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
         return losses, gradient
+
+    @torch.no_grad()
+    def losses(self, theta: Tensor, index: Tensor) -> Tensor:
+        return self._losses(theta, *(tensor[index] for tensor in self._tensors))
 
 
 class _Loss(torch.nn.Module):

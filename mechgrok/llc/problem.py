@@ -1,0 +1,165 @@
+"""What is sampled: a model, its data and a component, checked and made into a potential."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mechgrok.config import LLCConfig
+from mechgrok.errors import ComponentError, ConfigError, ShapeError
+from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
+from mechgrok.types import Component, Examples
+
+ComponentLike = str | Component | Mapping[str, Tensor | None] | None
+Data = Examples | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Losses of `module` on `tensors` as a function of `component`'s parameters, around their own values.
+
+    init_losses: Float64[example], nats, at the module's own parameters w*. chance_loss: that of
+    guessing, None if unknown.
+    """
+
+    module: torch.nn.Module
+    loss_fn: LossFn
+    tensors: tuple[Tensor, ...]
+    component: Component
+    potential: Potential
+    init_losses: Tensor
+    chance_loss: float | None
+
+    @property
+    def init_loss(self) -> float:
+        """L(w*): the mean over all of the data, nats."""
+        return float(self.init_losses.mean())
+
+    def on(self, data: Data) -> "Problem":
+        """The same module and component on other data."""
+        return make_problem(
+            self.module,
+            data,
+            self.component,
+            loss_fn=None if isinstance(data, Examples) else self.loss_fn,
+            chance_loss=self.chance_loss,
+        )
+
+
+def make_problem(
+    model: torch.nn.Module,
+    data: Data,
+    component: ComponentLike = None,
+    *,
+    loss_fn: LossFn | None = None,
+    chance_loss: float | None = None,
+    canonicalize: bool = False,
+) -> Problem:
+    """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling."""
+    if isinstance(data, Examples):
+        if loss_fn is not None:
+            raise ConfigError(
+                "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
+            )
+        problem = _hooked(model, data, component, chance_loss, canonicalize)
+    else:
+        if loss_fn is None:
+            raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
+        if isinstance(data, Tensor):
+            raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
+        if canonicalize:
+            raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
+        problem = _module(model, tuple(data), loss_fn, component, chance_loss)
+    if not bool(problem.init_losses.isfinite().all()):
+        raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
+    return problem
+
+
+def check_batch_size(config: LLCConfig, n_examples: int) -> None:
+    """Raise ConfigError if a batch asks for more examples than there are."""
+    if config.batch_size is not None and config.batch_size > n_examples:
+        raise ConfigError(
+            f"batch_size {config.batch_size} exceeds the {n_examples} examples; "
+            "lower it, or leave it out to use all examples in each step"
+        )
+
+
+def _hooked(
+    model: torch.nn.Module,
+    examples: Examples,
+    component: ComponentLike,
+    chance: float | None,
+    canonical: bool,
+) -> Problem:
+    from transformer_lens import HookedTransformer
+
+    from mechgrok.canonical import canonicalize
+    from mechgrok.components import component as named
+    from mechgrok.llc.head_potential import HeadPotential, can_hook
+    from mechgrok.model import chance_loss, model_losses
+
+    if not isinstance(model, HookedTransformer):
+        raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
+    for values, size, what in (
+        (examples.tokens, model.cfg.d_vocab, "tokens"),
+        (examples.targets, model.cfg.d_vocab_out, "targets"),
+    ):
+        if int(values.min()) < 0 or int(values.max()) >= size:
+            raise ShapeError(f"{what} must lie in 0 ... {size - 1}, got {int(values.min())} ... {int(values.max())}")
+    component = "model" if component is None else component
+    resolved = named(model, component) if isinstance(component, str) else _resolve(model, component)
+    model = canonicalize(model) if canonical else model
+    with torch.no_grad():
+        init_losses = model_losses(model, *examples.tensors)
+    potential: Potential
+    if can_hook(model, resolved):
+        potential = HeadPotential(model, examples, resolved)
+    else:
+        potential = ModulePotential(model, model_losses, examples.tensors, resolved)
+    chance = chance_loss(model) if chance is None else chance
+    return Problem(model, model_losses, examples.tensors, resolved, potential, init_losses.double(), chance)
+
+
+def _module(
+    module: torch.nn.Module,
+    tensors: tuple[Tensor, ...],
+    loss_fn: LossFn,
+    component: ComponentLike,
+    chance: float | None,
+) -> Problem:
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ShapeError(f"data must be tensors with a common first axis, not empty; got lengths {sorted(lengths)}")
+    if isinstance(component, str):
+        raise ComponentError(f"names such as {component!r} need a HookedTransformer; pass a dict of masks instead")
+    if any(isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training for part in module.modules()):
+        raise ConfigError("the module is in train mode and has dropout, so its loss is random; call module.eval()")
+    resolved = _resolve(module, component)
+    with torch.no_grad():
+        init_losses = loss_fn(module, *tensors)
+    if init_losses.shape != tensors[0].shape[:1]:
+        raise ShapeError(
+            f"loss_fn must return one loss per example [{len(tensors[0])}], got {tuple(init_losses.shape)}"
+        )
+    potential = ModulePotential(module, loss_fn, tensors, resolved)
+    return Problem(module, loss_fn, tensors, resolved, potential, init_losses.double(), chance)
+
+
+def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor | None] | None) -> Component:
+    own = dict(module.named_parameters())
+    if component is None:
+        return Component("model", dict.fromkeys(own), sum(parameter.numel() for parameter in own.values()))
+    masks = component.masks if isinstance(component, Component) else dict(component)
+    for name, mask in masks.items():
+        if name not in own:
+            raise ComponentError(f"the model has no parameter {name!r}; it has {', '.join(own)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != own[name].shape):
+            raise ComponentError(
+                f"the mask of {name!r} must be bool of shape {tuple(own[name].shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+    if isinstance(component, Component):
+        return component
+    n_params = sum(own[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items())
+    return Component("masked", masks, n_params)

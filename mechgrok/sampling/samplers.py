@@ -1,0 +1,100 @@
+"""What a sampler is to a chain: how it starts, how it steps, and how stiff a slope it bears."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mechgrok.config import LLCConfig, SamplerName
+from mechgrok.sampling import kernels
+
+Normal = Callable[[], Tensor]
+
+
+class State(NamedTuple):
+    """theta: Float[replica, param], where the loss is evaluated next; carried: what else the sampler remembers."""
+
+    theta: Tensor
+    carried: tuple[Tensor, ...] = ()
+
+
+class Slope(NamedTuple):
+    """grad: of the mean loss; force: of U = nbeta L + localization / 2 |theta - anchor|^2. Float[replica, param]."""
+
+    grad: Tensor
+    force: Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """start(theta, normal, config) -> State, normal() drawing N(0, 1); step(state, slope, noise, config) -> State.
+
+    stiffness(config): a product of step_size and the largest curvature of U that is safe to begin with;
+    sgld's variance is then within 5 % of the target's, and those without a bias on quadratics stay well
+    below the limit of 4.
+    metropolis: proposals are accepted or rejected, which needs exact losses and gradients.
+    """
+
+    start: Callable[[Tensor, Normal, LLCConfig], State]
+    step: Callable[[State, Slope, Tensor, LLCConfig], State]
+    stiffness: Callable[[LLCConfig], float]
+    metropolis: bool = False
+
+
+def _at_rest(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
+    return State(theta)
+
+
+def _sgld(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    return State(kernels.sgld(state.theta, slope.force, noise, step_size=config.step_size))
+
+
+def _no_second_moment(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
+    return State(theta, (torch.zeros_like(theta),))
+
+
+def _rmsprop_sgld(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    (second_moment,) = state.carried
+    theta, second_moment = kernels.rmsprop_sgld(
+        state.theta, second_moment, slope.grad, slope.force, noise,
+        step_size=config.step_size, decay=config.rmsprop_decay, stability=config.rmsprop_stability,
+    )  # fmt: skip
+    return State(theta, (second_moment,))
+
+
+def _moving(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
+    return State(theta, (normal(),))  # the velocity, from its stationary law N(0, 1)
+
+
+def _moving_with_thermostat(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
+    friction = -math.log(config.momentum)  # what exact gradients need
+    return State(theta, (normal(), torch.full_like(theta[:, :1], friction)))
+
+
+def _sgnht(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    velocity, friction = state.carried
+    theta, velocity, friction = kernels.sgnht(
+        state.theta, velocity, friction, slope.force, noise, step_size=config.step_size, momentum=config.momentum
+    )
+    return State(theta, (velocity, friction))
+
+
+def _baoab(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    (velocity,) = state.carried
+    theta, velocity = kernels.baoab(
+        state.theta, velocity, slope.force, noise, step_size=config.step_size, momentum=config.momentum
+    )
+    return State(theta, (velocity,))
+
+
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "sgld": Sampler(_at_rest, _sgld, lambda config: 0.2),
+    # The preconditioner is at most 1 / stability.
+    "rmsprop_sgld": Sampler(_no_second_moment, _rmsprop_sgld, lambda config: 0.2 * config.rmsprop_stability),
+    "sgnht": Sampler(_moving_with_thermostat, _sgnht, lambda config: 1.0),
+    "baoab": Sampler(_moving, _baoab, lambda config: 1.0),
+    "mala": Sampler(_at_rest, _sgld, lambda config: 0.2, metropolis=True),
+}
