@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that test; each uses one torch thread, so that they do not fight for the cores.
 JOBS ?= 2
 
-.PHONY: run test test-fast lint fix check regression bench clean
+.PHONY: run test test-fast lint fix check regression bench bench-accuracy bench-calibration clean
 
 run: .venv/installed
 	$(BIN)/mechgrok run modular-addition
@@ -33,6 +33,14 @@ regression: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.main_job
+
+# Known learning coefficients, per sampler and beside devinterp, and the coverage of the error bars: under 20 minutes.
+bench-accuracy: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy --write docs/accuracy.md
+
+# What `calibrate` recommends on four kinds of problem.
+bench-calibration: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration --write docs/calibration.md
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechgrok needs Python 3.11 or newer; pass PYTHON=python3.11")'

@@ -1,6 +1,5 @@
 """Ablation on a model with one head that matters and one that is dead by construction."""
 
-
 import numpy as np
 import pytest
 import torch
