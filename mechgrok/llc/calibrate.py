@@ -32,6 +32,7 @@ from mechgrok.llc.step_size import allowed_step_size, sharpness
 from mechgrok.reproducible import reproducible
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.potential import LossFn
+from mechgrok.sampling.samplers import SAMPLERS
 from mechgrok.types import Calibration, Cell, LLCEstimate, Trajectory, Trial
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,10 @@ class _Case:
     def run(self, config: LLCConfig, seed: int, what: str) -> Trial:
         with reproducible(1):
             return Trial(self.step, estimate_problem(self.problem, config, seeds.derive(seed, what, self.step)))
+
+    def curvature(self, seed: int) -> float:
+        with reproducible(1):
+            return sharpness(self.problem.potential, self.problem.potential.anchor, seed)
 
     def allowed(self, config: LLCConfig, seed: int) -> float:
         with reproducible(1):
@@ -118,7 +123,16 @@ def calibrate(
         trials = _parallel(jobs, n_workers, what, progress)
         return [trials[i : i + len(cases)] for i in range(0, len(trials), len(cases))]
 
-    cells = list(product(sorted(nbetas), sorted(localizations)))
+    every_cell = list(product(sorted(nbetas), sorted(localizations)))
+    curvatures = _parallel([(_Case.curvature, case, seed) for case in cases], n_workers, "curvature", progress)
+    stiffness = SAMPLERS[sampler].stiffness(settings(1.0, 1.0, 1.0, N_DRAWS, 0))
+
+    def least_relaxation(cell: Cell) -> float:
+        """Steps to relax if the loss is nowhere sharper than at w*."""
+        return 2 * (cell[0] * max(curvatures) + cell[1]) / (stiffness * cell[1])
+
+    cells = [cell for cell in every_cell if least_relaxation(cell) <= MAX_RELAXATION]
+    cells = cells or [min(every_cell, key=least_relaxation)]
     pilots = [(_Case.allowed, case, settings(*cell, 1.0, N_DRAWS, 0), seed) for cell in cells for case in cases]
     scales = _parallel(pilots, n_workers, "pilot chains", progress)
     # One step size for all cases, so the sharpest decides.
@@ -159,7 +173,7 @@ def calibrate(
         recommended=recommended,
         sound=sound,
         reasons=reasons,
-        sensitivity={cell: sensitivity[cell] if cell in usable else math.nan for cell in cells},
+        sensitivity={cell: sensitivity[cell] if cell in usable else math.nan for cell in every_cell},
         grid=tuple(trial for trials in swept for trial in trials),
         steps=tuple(trial for trials in steps for trial in trials),
         final=tuple(final),
