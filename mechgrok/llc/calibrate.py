@@ -66,9 +66,9 @@ class _Case:
         with reproducible(1):
             return sharpness(self.problem.potential, self.problem.potential.anchor, seed)
 
-    def allowed(self, config: LLCConfig, seed: int) -> float:
+    def allowed(self, config: LLCConfig, seed: int, curvature: float) -> float:
         with reproducible(1):
-            return allowed_step_size(self.problem.potential, config, seed)
+            return allowed_step_size(self.problem.potential, config, seed, curvature)
 
 
 def calibrate(
@@ -133,7 +133,8 @@ def calibrate(
 
     cells = [cell for cell in every_cell if least_relaxation(cell) <= MAX_RELAXATION]
     cells = cells or [min(every_cell, key=least_relaxation)]
-    pilots = [(_Case.allowed, case, settings(*cell, 1.0, N_DRAWS, 0), seed) for cell in cells for case in cases]
+    sharp = list(zip(cases, curvatures, strict=True))
+    pilots = [(_Case.allowed, case, settings(*cell, 1.0, N_DRAWS, 0), seed, c) for cell in cells for case, c in sharp]
     scales = _parallel(pilots, n_workers, "pilot chains", progress)
     # One step size for all cases, so the sharpest decides.
     step_size = {cell: min(scales[i * len(cases) : (i + 1) * len(cases)]) for i, cell in enumerate(cells)}

@@ -37,14 +37,18 @@ def sharpness(potential: Potential, at: Tensor, seed: int, n_iterations: int = 1
     return curvature
 
 
-def allowed_step_size(potential: Potential, config: LLCConfig, seed: int) -> float:
+def allowed_step_size(potential: Potential, config: LLCConfig, seed: int, curvature: float | None = None) -> float:
     """The sampler's stiffness over the largest curvature of U, at the anchor and where a short chain ends.
 
     The pilot chain counts because a flat minimum can lie among steep walls. Where it diverges it is
     run again at a tenth of the step size, up to four times. config.step_size plays no part.
+
+    Args:
+        curvature: the sharpness at the anchor, if it is known already.
     """
     stiffness = SAMPLERS[config.sampler].stiffness(config)
-    curvature = sharpness(potential, potential.anchor, seed)
+    if curvature is None:
+        curvature = sharpness(potential, potential.anchor, seed)
     step_size = stiffness / (config.nbeta * curvature + config.localization)
     for _ in range(4):
         pilot = config.model_copy(update={"step_size": step_size, "n_draws": N_PILOT, "n_burnin": 0})
