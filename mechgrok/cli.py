@@ -25,6 +25,7 @@ Source = Annotated[str, typer.Argument(help="A preset, or the path of a .toml fi
 Run = Annotated[Path, typer.Argument(help="A run directory, such as runs/modular-addition.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by default runs/<name>.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes that sample; by default one for each core.")]
+Scheduler = Annotated[str | None, typer.Option(help="tcp://host:port of a Dask cluster that samples instead.")]
 
 
 @app.callback()
@@ -33,7 +34,7 @@ def _about() -> None:
 
 
 @app.command()
-def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
+def run(source: Source, out_dir: Out = None, workers: Workers = None, scheduler: Scheduler = None) -> None:
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
     with _progress() as progress:
         progress("starting", 0, 1)  # TransformerLens takes seconds to import
@@ -45,7 +46,7 @@ def run(source: Source, out_dir: Out = None, workers: Workers = None) -> None:
         for name in config.analyses.names:
             contract.check(name, config)  # refused before hours of work
         progress("starting", 1, 1)
-        study = pipeline.run(config, out_dir, workers, progress)
+        study = pipeline.run(config, out_dir, workers, progress, scheduler)
         reports = _analyse(study, study.config.analyses.names, progress)
         path = _write_report(study, reports, out_dir or Path("runs") / study.config.name)
     _print_stages(study.stages)
@@ -71,7 +72,7 @@ def train(source: Source, out_dir: Out = None) -> None:
 
 
 @app.command()
-def llc(run_dir: Run, workers: Workers = None) -> None:
+def llc(run_dir: Run, workers: Workers = None, scheduler: Scheduler = None) -> None:
     """Sample the LLC of every component at every checkpoint of a run."""
     with _progress() as progress:
         progress("starting", 0, 1)
@@ -81,7 +82,7 @@ def llc(run_dir: Run, workers: Workers = None) -> None:
         from mechgrok.store import RunDirectory
 
         progress("starting", 1, 1)
-        study = pipeline.run(RunDirectory.open(run_dir).config, run_dir, workers, progress)
+        study = pipeline.run(RunDirectory.open(run_dir).config, run_dir, workers, progress, scheduler)
     curve = study.curve
     table = Table("step", *curve.components)
     for column, step in enumerate(curve.steps):

@@ -28,6 +28,10 @@ class CheckpointError(MechgrokError):
     """A checkpoint file is missing, truncated, altered, or of another model."""
 
 
+class ClusterError(MechgrokError):
+    """The workers of a cluster cannot do the work: they die of it, are started wrongly, or their scheduler ended."""
+
+
 class UnhealthyEstimateError(MechgrokError):
     """An estimate that is asked to carry a conclusion is not healthy enough to."""
 

@@ -17,6 +17,7 @@ from mechgrok.llc.calibrate import calibrate
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
+from mechgrok.schedule import check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
@@ -35,16 +36,20 @@ def run(
     out: str | Path | None = None,
     n_workers: int | None = None,
     progress: Progress = silent,
+    scheduler: str | None = None,
 ) -> Study:
     """Make, or finish, the study that a preset, a TOML file or a RunConfig describes.
 
     Args:
         out: the run directory, by default runs/<name>. What is there already is not done again.
         n_workers: processes that sample, by default one for each core. The result does not depend on it.
+        scheduler: "tcp://host:port" of a Dask cluster that samples instead; docs/cluster.md.
 
     Raises:
-        ConfigError, RunDirectoryError, CheckpointError: before or instead of any harm.
+        ConfigError, RunDirectoryError, CheckpointError, ClusterError: before or instead of any harm.
     """
+    if scheduler is not None:
+        check_scheduler(scheduler)
     config = load_config(source)
     split = make_split(config.task, config.seed)
     names = component_names(config, split)  # a name that the model lacks is refused before any work
@@ -52,7 +57,7 @@ def run(
     directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         trajectory = train(directory, split, lambda done, total: progress("training", done, total))
-        curve = follow(directory, trajectory, split, names, n_workers, progress)
+        curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
         stages = find_stages(curve, config)
         directory.write_netcdf("llc.nc", curve.to_dataset())
     return Study(config, split, trajectory, curve, stages)
@@ -143,6 +148,7 @@ def follow(
     names: Sequence[str],
     n_workers: int | None,
     progress: Progress,
+    scheduler: str | None,
 ) -> LLCCurve:
     """The LLC of every component at every checkpoint; the model's also as its controls are sampled."""
     config = directory.config
@@ -150,7 +156,7 @@ def follow(
     found = stored_estimates(directory, units)
     missing = [unit for unit in units if unit not in found]
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
-    work = estimate_units(trajectory, split.train, missing, config.seed, n_workers, config.llc.n_threads)
+    work = estimate_units(trajectory, split.train, missing, config.seed, n_workers, config.llc.n_threads, scheduler)
     for unit, estimate in work:
         directory.write_estimate(unit[0], estimate)
         found[unit] = estimate

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,10 @@ class RunDirectory:
         self.path = path
         self.config = config
         self.digest = config.digest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker on another machine works in another directory.
+        return {**self.__dict__, "path": self.path.absolute()}
 
     # ---- opening
 
@@ -179,6 +184,11 @@ class RunDirectory:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except FileNotFoundError:
+            if not (self.path / CONFIG).exists():
+                raise RunDirectoryError(
+                    f"{platform.node()} does not see the run directory {self.path}; "
+                    "keep it on a filesystem that every worker has at that same path"
+                ) from None
             raise CheckpointError(f"{path} is missing; run `mechgrok run` again to make it") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); {_REMEDY}") from None

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
     {"types", "errors", "seeds", "config", "reproducible"},
-    {"tasks", "model", "canonical", "components", "store", "stages", "sampling", "plotting", "regression"},
+    {"tasks", "model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
     {"train", "measures", "llc"},
     {"pipeline"},
 ]

@@ -1,6 +1,7 @@
 """LLC curves: one estimate per (checkpoint, component), a pure function of names and seeds."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from mechgrok.config import LLCConfig
 from mechgrok.errors import ShapeError
 from mechgrok.llc.estimate import estimate_llc
 from mechgrok.reproducible import reproducible
+from mechgrok.schedule import each_result
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
 
 if TYPE_CHECKING:
@@ -64,17 +66,21 @@ def point_seed(seed: int, step: int) -> int:
 
 
 def estimate_units(
-    trajectory: Trajectory, examples: Examples, units: Sequence[Unit], seed: int, n_workers: int, n_threads: int
+    trajectory: Trajectory,
+    examples: Examples,
+    units: Sequence[Unit],
+    seed: int,
+    n_workers: int,
+    n_threads: int,
+    scheduler: str | None = None,
 ) -> Iterator[tuple[Unit, LLCEstimate]]:
-    """The estimates of the units as each ends, in any order; one worker is this very process.
+    """The estimates of the units as each ends, in any order, on this machine or on the cluster at `scheduler`.
 
     n_threads: torch threads of one unit. It is fixed by the caller, not by the machine, because
     the bits of a sum depend on it.
     """
-    from joblib import Parallel, delayed
-
-    work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
-    yield from work(delayed(_estimate_unit)(trajectory, examples, unit, seed, n_threads) for unit in units)
+    work = partial(_estimate_unit, trajectory, examples, seed, n_threads)
+    return each_result(work, units, n_workers, scheduler)
 
 
 def assemble_curve(
@@ -107,7 +113,7 @@ def assemble_curve(
 
 
 def _estimate_unit(
-    trajectory: Trajectory, examples: Examples, unit: Unit, seed: int, n_threads: int
+    trajectory: Trajectory, examples: Examples, seed: int, n_threads: int, unit: Unit
 ) -> tuple[Unit, LLCEstimate]:
     step, name, config = unit
     with reproducible(n_threads):
