@@ -15,90 +15,14 @@ import numpy as np
 import torch
 
 import mechgrok as mg
+from benchmarks.small_models import attention_only, modular_addition, planted_sequences, sorting
 from benchmarks.tables import written
-from mechgrok import seeds
-from mechgrok.config import ModelConfig, load_config
-from mechgrok.model import build_model, model_losses
-from mechgrok.reproducible import reproducible
-from mechgrok.tasks import make_split
-from mechgrok.types import Examples, Split
 from tests.truth import deep_linear_case
-
-Checkpoints = list[tuple[int, torch.nn.Module]]
-
-
-def next_token(tokens: torch.Tensor, scored_from: int = 0) -> Examples:
-    """Every position from `scored_from` on predicts the next one."""
-    weights = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
-    weights[:, :scored_from] = 0.0
-    return Examples(tokens[:, :-1], tokens[:, 1:], weights)
-
-
-def planted_sequences() -> Examples:
-    """A sparse bigram chain over 24 tokens whose second half repeats the first: bigrams, then induction."""
-    rng = seeds.stream(0, "planted")
-    follow = torch.stack([torch.randperm(24, generator=rng)[:4] for _ in range(24)])
-    tokens = torch.randint(24, (512, 1), generator=rng)
-    for _ in range(15):
-        pick = torch.randint(4, (512, 1), generator=rng)
-        tokens = torch.cat([tokens, follow[tokens[:, -1]].gather(1, pick)], dim=1)
-    return next_token(torch.cat([tokens, tokens], dim=1))
-
-
-def sorting() -> Examples:
-    """Five of 20 numbers without repeats, a separator, and the same in order; the sorted part is scored."""
-    order = torch.rand(1024, 20, generator=seeds.stream(0, "sorting")).argsort(1)[:, :5]
-    separator = torch.full((1024, 1), 20)
-    return next_token(torch.cat([order, separator, order.sort(1).values], dim=1), scored_from=5)
-
-
-def trained(examples: Examples, n_layers: int, n_heads: int, n_classes: int, steps: Sequence[int]) -> Checkpoints:
-    """An attention-only transformer with LayerNorm at the given steps of AdamW."""
-    shape = ModelConfig(
-        n_layers=n_layers, d_model=32, n_heads=n_heads, d_head=32 // n_heads, normalization_type="LN", init_std=0.15
-    )
-    split = Split(examples, examples, tuple(map(str, range(n_classes))), n_classes)
-    model, found = build_model(shape, split, 0), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    rng = seeds.stream(0, "batches")
-    with reproducible(1):
-        for step in range(max(steps) + 1):
-            if step in steps:
-                copy = build_model(shape, split, 0)
-                copy.load_state_dict(model.state_dict())
-                found.append((step, copy))
-            batch = torch.randint(len(examples), (128,), generator=rng)
-            optimizer.zero_grad()
-            model_losses(model, *(tensor[batch] for tensor in examples.tensors)).mean().backward()
-            optimizer.step()
-    return found
-
-
-def modular_addition() -> tuple[Checkpoints, Examples]:
-    """The quick preset's model, in memory."""
-    config = load_config("modular-addition-quick")
-    split = make_split(config.task, config.seed)
-    model, found = build_model(config.model, split, config.seed), []
-    train = config.train
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, betas=train.betas
-    )
-    steps = (30, 120, train.n_steps)
-    with reproducible(1):
-        for step in range(train.n_steps + 1):
-            if step in steps:
-                copy = build_model(config.model, split, config.seed)
-                copy.load_state_dict(model.state_dict())
-                found.append((step, copy))
-            optimizer.zero_grad()
-            model_losses(model, *split.train.tensors).mean().backward()
-            optimizer.step()
-    return found, split.train
 
 
 def line(
     name: str,
-    models: Checkpoints,
+    models: Sequence[tuple[int, torch.nn.Module]],
     data: object,
     batch_size: int | None,
     sampler: str,
@@ -135,6 +59,7 @@ def line(
     ]
 
 
+STEPS = (50, 300, 1000)
 COLUMNS = (
     "problem", "sampler", "batch", "nbeta", "localization", "step size", "burn-in + draws", "sound",
     "LLC at the checkpoints", "held against", "reasons", "s",
@@ -147,8 +72,10 @@ def main() -> None:
     target = parser.parse_args().write
     start = time.time()
     torch.set_num_threads(1)
-    models, train = modular_addition()
+    models, train = modular_addition("modular-addition-quick", (30, 120, 400))
     planted, sorter = planted_sequences(), sorting()
+    two_layers = attention_only(planted, 24, STEPS, n_layers=2, d_model=32, n_heads=4, d_head=8)
+    one_layer = attention_only(sorter, 21, STEPS, n_layers=1, d_model=32, n_heads=2, d_head=16)
     linear = deep_linear_case((12, 16, 20, 14), 8)
     rows = [
         line(
@@ -156,8 +83,8 @@ def main() -> None:
             loss_fn=linear.loss_fn,
         ),
         line("modular addition (quick preset)", models, train, 64, "sgld", None),
-        line("planted sequences, 2 layers", trained(planted, 2, 4, 24, (50, 300, 1000)), planted, 64, "sgld", None),
-        line("sorter, 1 layer", trained(sorter, 1, 2, 21, (50, 300, 1000)), sorter, 64, "sgld", None),
+        line("planted sequences, 2 layers", two_layers, planted, 64, "sgld", None),
+        line("sorter, 1 layer", one_layer, sorter, 64, "sgld", None),
     ]  # fmt: skip
     written([("What was recommended", COLUMNS, rows)], __doc__ or "", time.time() - start, target)
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from mechgrok.errors import ConfigError
 
 MAX_P = 1000
+MEMORY_GB = 2.0
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
@@ -80,6 +81,10 @@ class LLCConfig(Settings):
     momentum: the share of its velocity that sgnht or baoab keeps over one step. rmsprop_decay,
     rmsprop_stability: of rmsprop_sgld. canonicalize: sample the model in its canonical gauge.
     engine: "devinterp" runs devinterp's own sampler, to check against; it offers sgld and rmsprop_sgld.
+    precision: of matrix products. "bfloat16" lets them be made in it where the hardware has it; weights,
+    noise, softmax and baseline stay in float32. "float64" is for checks.
+    memory_gb: what the activations of one estimate may take. More is kept rather than computed anew;
+    the last bits of a result depend on it, which is why it is a setting.
     """
 
     nbeta: Annotated[float, Field(ge=0)]
@@ -95,6 +100,8 @@ class LLCConfig(Settings):
     rmsprop_stability: PositiveFloat = 0.1
     canonicalize: bool = False
     engine: Literal["mechgrok", "devinterp"] = "mechgrok"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    memory_gb: PositiveFloat = MEMORY_GB
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Self:

@@ -14,7 +14,7 @@ from mechgrok.components import expand_names
 from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
-from mechgrok.llc.curve import Unit, assemble_curve, estimate_units
+from mechgrok.llc.curve import Unit, assemble_curve, estimate_units, with_company
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
 from mechgrok.schedule import check_scheduler
@@ -154,7 +154,7 @@ def follow(
     config = directory.config
     units = curve_units(config, names, trajectory.steps)
     found = stored_estimates(directory, units)
-    missing = [unit for unit in units if unit not in found]
+    missing = with_company(trajectory, units, [unit for unit in units if unit not in found])
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
     work = estimate_units(trajectory, split.train, missing, config.seed, n_workers, config.llc.n_threads, scheduler)
     for unit, estimate in work:

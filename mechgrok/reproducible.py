@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,3 +22,18 @@ def reproducible(n_threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Run the block with float32 matrix products made in bfloat16 where the hardware has it, if that is the name."""
+    backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    if name == "bfloat16":
+        for backend, own in zip(backends, ("bf16", "tf32"), strict=True):
+            backend.fp32_precision = own
+    try:
+        yield
+    finally:
+        for backend, own in zip(backends, before, strict=True):
+            backend.fp32_precision = own

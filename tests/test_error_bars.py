@@ -33,8 +33,8 @@ def estimate(**changes) -> mg.LLCEstimate:
 
 @pytest.mark.parametrize(("sampler", "momentum"), [("sgld", 0.0), ("baoab", 0.0), ("baoab", 0.8), ("mala", 0.0)])
 def test_the_interval_covers_the_exact_stationary_value_as_often_as_it_promises(sampler: str, momentum: float) -> None:
-    """500 runs of four chains, which `test_chains_draw_the_same_alone_or_among_others` lets run together."""
-    n_runs = 500
+    """2000 runs of four chains, which `test_chains_draw_the_same_alone_or_among_others` lets run together."""
+    n_runs = 2000
     settings = config(sampler=sampler, momentum=momentum, n_chains=4 * n_runs)
     potential = ModulePotential(Quadratic(CURVATURE), quadratic_loss, (X,), Component("model", {"w": None}, 8))
     losses = sample(potential, settings, 0, ("coverage",)).losses.numpy().reshape(n_runs, 4, -1)

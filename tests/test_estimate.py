@@ -129,7 +129,7 @@ def test_a_negative_estimate_is_reported_as_it_is() -> None:
     def slope(module, x):
         return module.w.sum() + 0.0 * x
 
-    config = mg.LLCConfig(nbeta=10.0, step_size=1e-3, localization=10.0, n_chains=4, n_draws=3000, n_burnin=400)
+    config = mg.LLCConfig(nbeta=10.0, step_size=1e-3, localization=10.0, n_chains=4, n_draws=6000, n_burnin=400)
     estimate = mg.estimate_llc(Quadratic(torch.zeros(2)), (torch.zeros(2),), loss_fn=slope, config=config, seed=0)
     # Stationary mean of each weight: -nbeta / localization = -1, so llc = nbeta * 2 * -1.
     assert estimate.llc == pytest.approx(-20.0, abs=5 * estimate.std_error)
@@ -190,12 +190,10 @@ def test_a_curve_is_its_estimates_at_every_checkpoint() -> None:
 
 def test_two_workers_give_the_bits_of_one(tiny_run) -> None:
     study = tiny_run[1]
-    names = ["model", "L0H1"]
-    trajectory = study.trajectory
-    curve = llc_curve(trajectory, study.split.train, components=names, config=CONFIG, seed=0, n_workers=2)
-    rows = [study.curve.row(name) for name in names]
-    assert np.array_equal(curve.llc, study.curve.llc[rows])
-    assert np.array_equal(curve.std_error, study.curve.std_error[rows])
+    names = study.curve.components
+    curve = llc_curve(study.trajectory, study.split.train, components=names, config=CONFIG, seed=0, n_workers=2)
+    assert np.array_equal(curve.llc, study.curve.llc)
+    assert np.array_equal(curve.std_error, study.curve.std_error)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,8 @@ def test_a_curve_refuses_repeated_steps_and_components_and_bad_names() -> None:
             llc_curve(models, SPLIT.train, components=names, config=CONFIG, seed=0)
     curve = llc_curve([(np.int64(5), model)], SPLIT.train, components=["heads"], config=CONFIG, seed=0)
     assert curve.components == ("L0H0", "L0H1")
-    assert curve.llc[0, 0] == llc_curve([(5, model)], SPLIT.train, components=["L0H0"], config=CONFIG, seed=0).llc[0, 0]
+    alone = llc_curve([(5, model)], SPLIT.train, components=["L0H0"], config=CONFIG, seed=0)
+    assert curve.llc[0, 0] == pytest.approx(alone.llc[0, 0], rel=1e-5)
 
 
 def test_examples_are_checked() -> None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"types", "errors", "seeds", "config", "reproducible"},
     {"tasks", "model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
+    {"replicas"},
     {"train", "measures", "llc"},
     {"pipeline"},
 ]

@@ -88,7 +88,7 @@ def test_masked_sampling_equals_an_independent_slow_sampler() -> None:
     draws = sample(potential, settings, 7, ("slow",))
     losses, theta = draws.losses, draws.theta
     for chain in range(3):
-        rng = seeds.stream(7, "slow", "noise", chain)
+        rng = seeds.stream(7, "slow", "model", "noise", chain)
         w = torch.zeros(8, dtype=torch.float64)
         for step in range(35):
             if step >= 5:

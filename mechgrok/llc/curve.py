@@ -10,7 +10,8 @@ from mechgrok import seeds
 from mechgrok.components import expand_names
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ShapeError
-from mechgrok.llc.estimate import estimate_llc
+from mechgrok.llc.estimate import estimate_group
+from mechgrok.llc.problem import groups
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
@@ -33,8 +34,9 @@ def llc_curve(
 ) -> LLCCurve:
     """Every component's LLC at every checkpoint, all with the same settings.
 
-    The estimate at a step equals `estimate_llc(model, examples, component=..., config=config,
-    seed=point_seed(seed, step))`, whatever the number of workers.
+    The heads of a layer are sampled together. The estimate at a step equals `estimate_llc(model, examples,
+    component=..., config=config, seed=point_seed(seed, step))`, for heads up to rounding; its bits do not
+    depend on the number of workers.
 
     Args:
         trajectory: a Trajectory, or (step, model) pairs; pairs are sampled in this process.
@@ -54,9 +56,9 @@ def llc_curve(
                 if any(step == done for done, _, _ in found):
                     raise ShapeError(f"step {step} comes twice in the trajectory; give each step once")
                 names = expand_names(model, components)  # a bad one is refused before any sampling
-                for name in names:
-                    estimate = estimate_llc(model, examples, component=name, config=config, seed=point_seed(seed, step))
-                    found[step, name, config] = estimate
+                for group in groups(model, names):
+                    estimates = estimate_group(model, examples, group, config=config, seed=point_seed(seed, step))
+                    found |= {(step, one.component, config): one for one in estimates}
     return assemble_curve(found, names, config)
 
 
@@ -76,11 +78,34 @@ def estimate_units(
 ) -> Iterator[tuple[Unit, LLCEstimate]]:
     """The estimates of the units as each ends, in any order, on this machine or on the cluster at `scheduler`.
 
-    n_threads: torch threads of one unit. It is fixed by the caller, not by the machine, because
+    Units that go together are one job, and come together.
+
+    n_threads: torch threads of one job. It is fixed by the caller, not by the machine, because
     the bits of a sum depend on it.
     """
-    work = partial(_estimate_unit, trajectory, examples, seed, n_threads)
-    return each_result(work, units, n_workers, scheduler)
+    work = partial(_estimate_units, trajectory, examples, seed, n_threads)
+    for estimates in each_result(work, _jobs(trajectory, units), n_workers, scheduler):
+        yield from estimates
+
+
+def with_company(trajectory: Trajectory, units: Sequence[Unit], missing: Sequence[Unit]) -> list[Unit]:
+    """The missing units and all that go together with one: a group's last bits are those of the whole group."""
+    if not missing:
+        return []
+    wanted = {(step, name, config) for step, name, config in missing}
+    jobs = [[(step, name, config) for name in names] for step, names, config in _jobs(trajectory, units)]
+    return [unit for job in jobs if wanted & set(job) for unit in job]
+
+
+def _jobs(trajectory: Trajectory, units: Sequence[Unit]) -> list[tuple[int, tuple[str, ...], LLCConfig]]:
+    """(step, names that go together, settings), in the order of the units."""
+    if not units:
+        return []
+    model = trajectory.model_at(trajectory.steps[0])
+    together: dict[tuple[int, LLCConfig], list[str]] = {}
+    for step, name, config in units:
+        together.setdefault((step, config), []).append(name)
+    return [(step, group, config) for (step, config), names in together.items() for group in groups(model, names)]
 
 
 def assemble_curve(
@@ -112,10 +137,11 @@ def assemble_curve(
     )
 
 
-def _estimate_unit(
-    trajectory: Trajectory, examples: Examples, seed: int, n_threads: int, unit: Unit
-) -> tuple[Unit, LLCEstimate]:
-    step, name, config = unit
+def _estimate_units(
+    trajectory: Trajectory, examples: Examples, seed: int, n_threads: int, job: tuple[int, tuple[str, ...], LLCConfig]
+) -> list[tuple[Unit, LLCEstimate]]:
+    step, names, config = job
     with reproducible(n_threads):
         model = trajectory.model_at(step)
-        return unit, estimate_llc(model, examples, component=name, config=config, seed=point_seed(seed, step))
+        estimates = estimate_group(model, examples, names, config=config, seed=point_seed(seed, step))
+    return [((step, one.component, config), one) for one in estimates]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.llc.bias import step_size_bias
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
+from mechgrok.reproducible import matmul_precision
 from mechgrok.sampling.chains import Draws, sample
 from mechgrok.sampling.diagnostics import health, summarize
 from mechgrok.sampling.potential import LossFn
-from mechgrok.types import LLCEstimate
+from mechgrok.types import Component, Examples, LLCEstimate
 
 N_PRIOR_DRAWS = 4  # from the localization alone, per chain; their mean loss is only held against a factor of two
 
@@ -44,7 +46,8 @@ def estimate_llc(
         loss_fn: (module, *batch) -> loss of each example in nats, Float[batch]; with tensors only.
         chance_loss: the loss of guessing, nats, to tell an escaped chain; a HookedTransformer has
             ln(d_vocab_out), another module none unless given.
-        seed: chain c draws from the streams (seed, sampler, component name, settings, ..., c).
+        seed: chain c draws its noise from the stream (seed, sampler, settings, component name, "noise", c), and
+            its batches, which all components share, from (seed, sampler, settings, "batch", c).
         bias: also sample at half the step size, for twice as many steps, and extrapolate what the
             step size adds to llc; three times the cost.
 
@@ -58,9 +61,7 @@ def estimate_llc(
 
     Source: Lau et al. 2023 (arXiv:2308.12108); refined: Wang et al. 2024 (arXiv:2410.02984).
     """
-    problem = make_problem(
-        model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, canonicalize=config.canonicalize
-    )
+    problem = make_problem(model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
     estimate = estimate_problem(problem, config, seed)
     if not bias:
@@ -69,32 +70,62 @@ def estimate_llc(
     return replace(estimate, bias=found, bias_error=error)
 
 
+def estimate_group(
+    model: torch.nn.Module, examples: Examples, names: tuple[str, ...], *, config: LLCConfig, seed: int
+) -> list[LLCEstimate]:
+    """`estimate_llc` of every head of a group, as `problem.groups` makes them, in one batch.
+
+    Each head draws the noise that it draws alone, and all heads of a chain the batches that each
+    draws alone, so an estimate equals that of the head alone up to the rounding of the matrix products.
+    """
+    if config.engine == "devinterp":  # it samples one component at a time
+        return [estimate_llc(model, examples, component=name, config=config, seed=seed) for name in names]
+    problem = make_problem(model, examples, names, **as_set(config))
+    check_batch_size(config, len(problem.init_losses))
+    return estimates_of(problem, config, _draw(problem, config, seed), seed)
+
+
 def estimate_problem(problem: Problem, config: LLCConfig, seed: int) -> LLCEstimate:
     """`estimate_llc` of a problem that is made already."""
-    return estimate_of(problem, config, _draw(problem, config, seed), seed)
+    (estimate,) = estimates_of(problem, config, _draw(problem, config, seed), seed)
+    return estimate
 
 
-def stream_names(problem: Problem, config: LLCConfig) -> tuple[seeds.Name, ...]:
+def stream_names(config: LLCConfig) -> tuple[seeds.Name, ...]:
     """What names the streams of an estimate: other settings draw other noise, more chains do not."""
     settings = f"nbeta={config.nbeta!r} step_size={config.step_size!r} localization={config.localization!r}"
-    return (config.sampler, problem.component.name, settings)
+    return (config.sampler, settings)
 
 
-def estimate_of(problem: Problem, config: LLCConfig, draws: Draws, seed: int) -> LLCEstimate:
-    """The estimate that these draws of the problem give."""
+def members(problem: Problem) -> tuple[seeds.Name, ...]:
+    """What tells the noise of the problem's components apart."""
+    return tuple(component.name for component in problem.components)
+
+
+def estimates_of(problem: Problem, config: LLCConfig, draws: Draws, seed: int) -> list[LLCEstimate]:
+    """The estimate of each component of the problem that these draws give."""
+    rises = _prior_rises(problem, config, seed)
+    return [
+        _estimate(problem, component, config, draws.of(member, config.n_chains), rises[member])
+        for member, component in enumerate(problem.components)
+    ]
+
+
+def _estimate(
+    problem: Problem, component: Component, config: LLCConfig, draws: Draws, prior_rise: float
+) -> LLCEstimate:
     init_loss = problem.init_loss
     losses, paired = _less_the_batches_luck(draws, problem)
     summary = summarize(losses)
-    prior_rise = _prior_rise(problem, config, seed)
     return LLCEstimate(
-        component=problem.component.name,
+        component=component.name,
         llc=config.nbeta * (summary.mean - init_loss),
         std_error=config.nbeta * summary.std_error,
         losses=losses,
         init_loss=init_loss,
         # The baseline is evaluated on exactly the data that is sampled, so it has no sampling error.
         init_loss_error=0.0,
-        n_params=len(problem.potential.anchor),
+        n_params=problem.potential.anchor.shape[-1],
         config=config,
         health=health(summary, init_loss, problem.chance_loss, prior_rise, float(draws.acceptance.mean())),
         paired=paired,
@@ -106,7 +137,8 @@ def _draw(problem: Problem, config: LLCConfig, seed: int) -> Draws:
         from mechgrok.llc.devinterp_engine import devinterp_draws
 
         return devinterp_draws(problem, config, seed)
-    return sample(problem.potential, config, seed, stream_names(problem, config))
+    with matmul_precision(config.precision):
+        return sample(problem.potential, config, seed, stream_names(config), members(problem))
 
 
 def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, bool]:
@@ -126,19 +158,26 @@ def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, 
     return plain - luck, True
 
 
-def _prior_rise(problem: Problem, config: LLCConfig, seed: int) -> float:
+def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[float]:
     """Mean L(w) - L(w*) over w ~ N(w*, 1 / localization), nats: the control with nbeta = 0, drawn exactly."""
     if config.localization == 0:
-        return math.inf
+        return [math.inf] * len(problem.components)
     potential, rises = problem.potential, []
+    anchor = potential.anchor.reshape(len(problem.components), -1)
     for draw in range(N_PRIOR_DRAWS * config.n_chains):
-        rng = seeds.stream(seed, "prior", problem.component.name, repr(config.localization), draw)
-        noise = torch.randn(potential.anchor.shape, generator=rng, dtype=potential.anchor.dtype)
+        names = [("prior", name, repr(config.localization), draw) for name in members(problem)]
+        noise = [
+            torch.randn(anchor.shape[1], generator=seeds.stream(seed, *name), dtype=anchor.dtype) for name in names
+        ]
         index = torch.arange(potential.n_examples)
         if config.batch_size is not None:
+            rng = seeds.stream(seed, "prior", "batch", repr(config.localization), draw)
             index = torch.randint(potential.n_examples, (config.batch_size,), generator=rng)
-        theta = potential.anchor + noise / config.localization**0.5
-        losses = potential.losses(theta[None], index[None])[0]
-        rises.append(float((losses.double() - problem.init_losses[index]).mean()))
-    rise = float(np.mean(rises))
-    return math.inf if math.isnan(rise) else rise
+        losses = potential.losses(anchor + torch.stack(noise) / config.localization**0.5, index[None])
+        rises.append((losses.double() - problem.init_losses[index]).mean(1))
+    return [math.inf if math.isnan(rise) else rise for rise in torch.stack(rises).mean(0).tolist()]
+
+
+def as_set(config: LLCConfig) -> dict[str, Any]:
+    """The settings that the problem depends on."""
+    return {key: getattr(config, key) for key in ("canonicalize", "memory_gb", "precision")}

@@ -8,7 +8,7 @@ import torch
 
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
-from mechgrok.llc.estimate import estimate_of, stream_names
+from mechgrok.llc.estimate import as_set, estimates_of, members, stream_names
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.potential import LossFn
@@ -66,7 +66,7 @@ def observe(
     """
     if config.engine != "mechgrok":
         raise ConfigError("observables need mechgrok's own engine; leave engine out")
-    problem = make_problem(model, data, component, loss_fn=loss_fn, canonicalize=config.canonicalize)
+    problem = make_problem(model, data, component, loss_fn=loss_fn, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
     if not observed:
         raise ConfigError("nothing to observe; give at least one named set of examples")
@@ -75,11 +75,12 @@ def observe(
     def losses_at(theta: torch.Tensor) -> torch.Tensor:
         return torch.cat([_losses(other, theta) for other in others.values()], dim=1)
 
-    draws = sample(problem.potential, config, seed, stream_names(problem, config), observe=losses_at)
+    draws = sample(problem.potential, config, seed, stream_names(config), members(problem), observe=losses_at)
+    (estimate,) = estimates_of(problem, config, draws, seed)
     sizes = [len(other.init_losses) for other in others.values()]
     parts = torch.stack(draws.observed, dim=1).split(sizes, dim=2)
     return Observation(
-        estimate=estimate_of(problem, config, draws, seed),
+        estimate=estimate,
         losses={name: part.numpy() for name, part in zip(others, parts, strict=True)},
         init_losses={name: other.init_losses.numpy() for name, other in others.items()},
     )

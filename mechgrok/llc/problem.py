@@ -1,35 +1,47 @@
-"""What is sampled: a model, its data and a component, checked and made into a potential."""
+"""What is sampled: a model, its data and a component, or heads that go together, made into a potential."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mechgrok.config import LLCConfig
+from mechgrok.config import MEMORY_GB, LLCConfig
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
 from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
 from mechgrok.types import Component, Examples
 
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+BLOCK = 512  # examples whose baseline is evaluated at once
 ComponentLike = str | Component | Mapping[str, Tensor | None] | None
 Data = Examples | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Losses of `module` on `tensors` as a function of `component`'s parameters, around their own values.
+    """Losses of `module` on `tensors` as a function of a component's parameters, around their own values.
 
-    init_losses: Float64[example], nats, at the module's own parameters w*. chance_loss: that of
-    guessing, None if unknown.
+    components: one, or heads of one layer that share their batches. init_losses: Float64[example], nats,
+    at the module's own parameters w*. chance_loss: that of guessing, None if unknown.
     """
 
     module: torch.nn.Module
     loss_fn: LossFn
     tensors: tuple[Tensor, ...]
-    component: Component
+    components: tuple[Component, ...]
     potential: Potential
     init_losses: Tensor
     chance_loss: float | None
+
+    @property
+    def component(self) -> Component:
+        """The component, where there is one."""
+        (component,) = self.components
+        return component
 
     @property
     def init_loss(self) -> float:
@@ -50,19 +62,25 @@ class Problem:
 def make_problem(
     model: torch.nn.Module,
     data: Data,
-    component: ComponentLike = None,
+    component: ComponentLike | tuple[str, ...] = None,
     *,
     loss_fn: LossFn | None = None,
     chance_loss: float | None = None,
     canonicalize: bool = False,
+    memory_gb: float = MEMORY_GB,
+    precision: str = "float32",
 ) -> Problem:
-    """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling."""
+    """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling.
+
+    Args:
+        component: also the names of heads that one of `groups` puts together.
+    """
     if isinstance(data, Examples):
         if loss_fn is not None:
             raise ConfigError(
                 "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
             )
-        problem = _hooked(model, data, component, chance_loss, canonicalize)
+        problem = _hooked(model, data, component, chance_loss, canonicalize, memory_gb * 1e9, precision)
     else:
         if loss_fn is None:
             raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
@@ -70,10 +88,26 @@ def make_problem(
             raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
         if canonicalize:
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
+        if precision == "float64":
+            raise ConfigError("precision float64 needs a HookedTransformer with Examples; cast module and tensors")
+        if isinstance(component, tuple):
+            raise ComponentError("heads are sampled together on HookedTransformers only; give one component")
         problem = _module(model, tuple(data), loss_fn, component, chance_loss)
     if not bool(problem.init_losses.isfinite().all()):
         raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
     return problem
+
+
+def groups(model: "HookedTransformer", names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The names in the groups that are sampled together: the heads of a layer, every other component alone."""
+    from mechgrok.components import HEAD_NAME
+    from mechgrok.replicas.network import why_not
+
+    found: dict[str, list[str]] = {}
+    for name in names:
+        head = HEAD_NAME.fullmatch(name) if why_not(model) is None else None
+        found.setdefault(f"heads of layer {head[1]}" if head else name, []).append(name)
+    return [tuple(group) for group in found.values()]
 
 
 def check_batch_size(config: LLCConfig, n_examples: int) -> None:
@@ -88,15 +122,16 @@ def check_batch_size(config: LLCConfig, n_examples: int) -> None:
 def _hooked(
     model: torch.nn.Module,
     examples: Examples,
-    component: ComponentLike,
+    component: ComponentLike | tuple[str, ...],
     chance: float | None,
     canonical: bool,
+    memory: float,
+    precision: str,
 ) -> Problem:
     from transformer_lens import HookedTransformer
 
     from mechgrok.canonical import canonicalize
     from mechgrok.components import component as named
-    from mechgrok.llc.head_potential import HeadPotential, can_hook
     from mechgrok.model import chance_loss, model_losses
 
     if not isinstance(model, HookedTransformer):
@@ -107,18 +142,44 @@ def _hooked(
     ):
         if int(values.min()) < 0 or int(values.max()) >= size:
             raise ShapeError(f"{what} must lie in 0 ... {size - 1}, got {int(values.min())} ... {int(values.max())}")
-    component = "model" if component is None else component
-    resolved = named(model, component) if isinstance(component, str) else _resolve(model, component)
+    asked = component if isinstance(component, tuple) else ("model" if component is None else component,)
+    components = tuple(named(model, one) if isinstance(one, str) else _resolve(model, one) for one in asked)
     model = canonicalize(model) if canonical else model
+    model = copy.deepcopy(model).to(torch.float64) if precision == "float64" else model
     with torch.no_grad():
-        init_losses = model_losses(model, *examples.tensors)
-    potential: Potential
-    if can_hook(model, resolved):
-        potential = HeadPotential(model, examples, resolved)
-    else:
-        potential = ModulePotential(model, model_losses, examples.tensors, resolved)
+        blocks = zip(*(tensor.split(BLOCK) for tensor in examples.tensors), strict=True)
+        init_losses = torch.cat([model_losses(model, *block) for block in blocks]).double()
+    potential = _potential(model, examples, components, memory)
     chance = chance_loss(model) if chance is None else chance
-    return Problem(model, model_losses, examples.tensors, resolved, potential, init_losses.double(), chance)
+    return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)
+
+
+def _potential(
+    model: "HookedTransformer", examples: Examples, components: tuple[Component, ...], memory: float
+) -> Potential:
+    """The fastest that computes this architecture; the last two leave all of it to TransformerLens."""
+    from mechgrok.llc.head_potential import HeadPotential, can_hook
+    from mechgrok.model import model_losses
+    from mechgrok.replicas.heads import LayerHeads
+    from mechgrok.replicas.network import why_not
+    from mechgrok.replicas.whole import NetworkPotential
+
+    refusal = why_not(model)
+    heads = [head for component in components for head in component.heads]
+    together = len(heads) == len(components) and len({layer for layer, _ in heads}) == 1
+    if len(components) > 1 and (refusal or not together):
+        raise ComponentError(
+            f"{', '.join(component.name for component in components)} cannot be sampled together"
+            f"{': ' + refusal if refusal else '; only single heads of one layer can'}"
+        )
+    if refusal is None and together:
+        return LayerHeads(model, examples, heads[0][0], [head for _, head in heads], memory)
+    (component,) = components
+    if refusal is None:
+        return NetworkPotential(model, examples, component, memory)
+    if can_hook(model, component):
+        return HeadPotential(model, examples, component)
+    return ModulePotential(model, model_losses, examples.tensors, component)
 
 
 def _module(
@@ -143,7 +204,7 @@ def _module(
             f"loss_fn must return one loss per example [{len(tensors[0])}], got {tuple(init_losses.shape)}"
         )
     potential = ModulePotential(module, loss_fn, tensors, resolved)
-    return Problem(module, loss_fn, tensors, resolved, potential, init_losses.double(), chance)
+    return Problem(module, loss_fn, tensors, (resolved,), potential, init_losses.double(), chance)
 
 
 def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor | None] | None) -> Component:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Draws:
     index: Int[chain, draw, batch], the examples of those batches; None where every batch is all examples.
     theta: Float[chain, param], where the chains ended. acceptance: Float64[chain], the share of accepted
     proposals (1 for samplers that propose nothing). observed: what `observe` returned, a list over draws.
+    Of a potential with several members the axis is [member chain], until `of` picks one.
     """
 
     losses: Tensor
@@ -27,6 +29,13 @@ class Draws:
     theta: Tensor
     acceptance: Tensor
     observed: list[Tensor]
+
+    def of(self, member: int, n_chains: int) -> "Draws":
+        """The draws of one member."""
+        own = slice(member * n_chains, (member + 1) * n_chains)
+        return Draws(
+            self.losses[own], self.index, self.theta[own], self.acceptance[own], [seen[own] for seen in self.observed]
+        )
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ def sample(
     config: LLCConfig,
     seed: int,
     names: Sequence[seeds.Name],
+    members: Sequence[seeds.Name] = ("model",),
     observe: Callable[[Tensor], Tensor] | None = None,
 ) -> Draws:
     """Draw from exp(-nbeta L(theta) - localization / 2 |theta - anchor|^2), starting at the anchor.
@@ -53,26 +63,33 @@ def sample(
     weights leave the finite numbers stays NaN from there on and does not touch the others.
 
     Args:
-        names: what tells this run from others with the same seed; chain c draws from the streams
-            (seed, *names, "noise", c), (seed, *names, "batch", c) and, for mala, (seed, *names, "accept", c).
+        names: what tells this run from others with the same seed; chain c draws its batches, which all
+            members share, from the stream (seed, *names, "batch", c).
+        members: names of the potential's members; in chain c each draws from (seed, *names, member, "noise", c)
+            and, for mala, (seed, *names, member, "accept", c).
         observe: called with the weights of every draw, Float[chain, param]; costs the chains nothing else.
     """
     sampler = SAMPLERS[config.sampler]
-    anchor, n_examples = potential.anchor, potential.n_examples
+    n_examples, n_params = potential.n_examples, potential.anchor.shape[-1]
+    anchor = potential.anchor.reshape(-1, n_params).repeat_interleave(config.n_chains, 0)
+    if len(anchor) != len(members) * config.n_chains:
+        raise ValueError(f"the potential has {len(anchor) // config.n_chains} members, {len(members)} were named")
 
     def streams(what: str) -> list[torch.Generator]:
-        return [seeds.stream(seed, *names, what, chain) for chain in range(config.n_chains)]
+        each = product(members, range(config.n_chains))
+        return [seeds.stream(seed, *names, member, what, chain) for member, chain in each]
 
-    noises, batches, coins = streams("noise"), streams("batch"), streams("accept")
+    noises, coins = streams("noise"), streams("accept")
+    batches = [seeds.stream(seed, *names, "batch", chain) for chain in range(config.n_chains)]
 
     def normal() -> Tensor:
-        return torch.stack([torch.randn(anchor.shape, generator=rng, dtype=anchor.dtype) for rng in noises])
+        return torch.stack([torch.randn(n_params, generator=rng, dtype=anchor.dtype) for rng in noises])
 
     everything = torch.arange(n_examples).expand(config.n_chains, -1)
-    losses = torch.full((config.n_chains, config.n_draws), torch.nan, dtype=torch.float64)
-    accepted = torch.zeros(config.n_chains, dtype=torch.float64)
+    losses = torch.full((len(anchor), config.n_draws), torch.nan, dtype=torch.float64)
+    accepted = torch.zeros(len(anchor), dtype=torch.float64)
     indices, observed = [], []
-    theta = anchor.expand(config.n_chains, -1).clone()
+    theta = anchor.clone()
     state = sampler.start(theta, normal, config)
     point: _Point | None = None
     for step in range(config.n_burnin + config.n_draws):
@@ -80,7 +97,7 @@ def sample(
         if config.batch_size is not None:
             size = (config.batch_size,)
             index = torch.stack([torch.randint(n_examples, size, generator=rng) for rng in batches])
-        new = _evaluate(potential, state.theta, index, config)
+        new = _evaluate(potential, state.theta, anchor, index, config)
         if sampler.metropolis and point is not None:
             accept = _accept(point, new, coins, config.step_size)
             accepted += accept
@@ -104,10 +121,10 @@ def sample(
     )
 
 
-def _evaluate(potential: Potential, theta: Tensor, index: Tensor, config: LLCConfig) -> _Point:
+def _evaluate(potential: Potential, theta: Tensor, anchor: Tensor, index: Tensor, config: LLCConfig) -> _Point:
     example_losses, grad = potential.losses_and_grad(theta, index)
     losses = example_losses.double().mean(1)
-    away = theta - potential.anchor
+    away = theta - anchor
     energy = config.nbeta * losses + 0.5 * config.localization * away.double().square().sum(1)
     return _Point(theta, losses, energy, Slope(grad, config.nbeta * grad + config.localization * away))
 

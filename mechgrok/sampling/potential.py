@@ -13,16 +13,20 @@ LossFn = Callable[..., Tensor]  # (module, *batch) -> loss per example [batch]
 
 
 class Potential(Protocol):
-    """A loss over `n_examples` examples as a function of a component's flat parameters."""
+    """A loss over `n_examples` examples as a function of a component's flat parameters.
 
-    anchor: Tensor  # Float[param]: w*
+    Or of each of several components that go together, the members: replicas are then member-major, row
+    m * n_chains + c of theta being member m in chain c, and the members of a chain share its batch.
+    """
+
+    anchor: Tensor  # w*: Float[param], or Float[member, param]
     n_examples: int
 
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example losses Float[replica, batch] and the gradient of their mean, Float[replica, param].
 
         Args:
-            theta: Float[replica, param]. index: Int[replica, batch], the examples of each replica.
+            theta: Float[replica, param]. index: Int[chain, batch], the examples of each chain.
         """
         ...
 

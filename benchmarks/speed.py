@@ -1,0 +1,182 @@
+"""Seconds per draw, beside devinterp: the same model, data and settings, one thread each.
+
+    python -m benchmarks.speed [--shapes small modular-addition paper] [--write docs/speed.md]     # make bench
+
+CPU seconds of the sampling alone, for one replica and one step of it ("draw"). Every row is measured in a process
+of its own, which also tells the largest memory; the model is trained before, in another. mechgrok samples all heads
+of a layer together, devinterp one head, as it does not share anything between heads. `agree`: how many standard
+errors lie between the two estimates of that head. devinterp runs without observables and with one baseline batch.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformer_lens import HookedTransformer
+
+import mechgrok as mg
+from benchmarks.small_models import attention_only, modular_addition, planted_sequences
+from benchmarks.tables import written
+from mechgrok.llc.estimate import estimate_group, estimate_problem
+from mechgrok.llc.problem import make_problem
+from mechgrok.reproducible import reproducible
+from mechgrok.sampling.potential import ModulePotential
+from mechgrok.types import Examples, LLCEstimate
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with its data, the sampling settings, and how many draws of four chains each side gets."""
+
+    describe: str
+    make: Callable[[int], tuple[HookedTransformer, Examples]]  # (training steps) -> ...
+    n_train: int
+    settings: dict[str, float]
+    ours: int
+    theirs: int
+
+
+def language(n_tokens: int, n_pos: int, n_examples: int, **shape: object) -> Callable:
+    def make(n_train: int) -> tuple[HookedTransformer, Examples]:
+        data = planted_sequences(n_examples, n_tokens, n_pos)
+        return attention_only(data, n_tokens, (n_train,), **shape)[0][1], data
+
+    return make
+
+
+def modular(n_train: int) -> tuple[HookedTransformer, Examples]:
+    models, data = modular_addition("modular-addition-113", (n_train,))
+    return models[0][1], data
+
+
+PUBLISHED = {"nbeta": 30.0, "localization": 200.0, "step_size": 1e-3, "batch_size": 32}
+SHAPES = {
+    "small": Shape(
+        "2 layers, attention only, d_model 64, 4 heads, vocabulary 128, context 64, batch 32",
+        language(128, 64, 1024, n_layers=2, d_model=64, n_heads=4, d_head=16), 200, PUBLISHED, 60, 30,
+    ),
+    "modular-addition": Shape(
+        "p = 113, 1 layer with MLP, d_model 128, 4 heads, batch 128",
+        modular, 200, {"nbeta": 300.0, "localization": 500.0, "step_size": 1e-4, "batch_size": 128}, 200, 50,
+    ),
+    "paper": Shape(
+        "2 layers, attention only, d_model 256, 8 heads, vocabulary 5000, context 128, batch 32",
+        language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 5, PUBLISHED, 8, 8,
+    ),
+}  # fmt: skip
+ENGINES = ("mechgrok", "mechgrok, bfloat16", "plain path", "devinterp")
+
+
+def targets(model: HookedTransformer) -> list[str]:
+    return [*(f"heads of layer {layer}" for layer in reversed(range(model.cfg.n_layers))), "model"]
+
+
+def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str, engine: str) -> dict[str, float]:
+    """One row: run once with few draws to warm up and to know the fixed cost, then with all of them."""
+    few, many = 8, shape.theirs if engine in ("devinterp", "plain path") else shape.ours
+    seconds = []
+    for n_draws in (few, few + many):
+        config = mg.LLCConfig(
+            **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=0,  # type: ignore[arg-type]
+            engine="devinterp" if engine == "devinterp" else "mechgrok",
+            precision="bfloat16" if "bfloat16" in engine else "float32",
+        )  # fmt: skip
+        start = time.process_time()
+        with reproducible(1):
+            estimates = _estimates(model, data, target, engine, config)
+        seconds.append(time.process_time() - start)
+    first = estimates[0]
+    per_draw = (seconds[1] - seconds[0]) / (4 * many * len(estimates))
+    return {
+        "per draw": per_draw,
+        "per effective": seconds[1] / (len(estimates) * first.health.ess),
+        "llc": first.llc,
+        "error": first.std_error,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def _estimates(
+    model: HookedTransformer, data: Examples, target: str, engine: str, config: mg.LLCConfig
+) -> list[LLCEstimate]:
+    names = (target,)
+    if target != "model":
+        names = tuple(f"L{target[-1]}H{head}" for head in range(model.cfg.n_heads))
+    if engine.startswith("mechgrok"):
+        return estimate_group(model, data, names, config=config, seed=0)
+    if engine == "devinterp":
+        return estimate_group(model, data, names[:1], config=config, seed=0)
+    problem = make_problem(model, data, names[0])
+    potential = ModulePotential(model, problem.loss_fn, data.tensors, problem.component)
+    plain = type(problem)(**(problem.__dict__ | {"potential": potential}))
+    return [estimate_problem(plain, config, seed=0)]
+
+
+def in_its_own_process(arguments: list[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(name: str, engines: list[str]) -> list[list[str]]:
+    shape, rows = SHAPES[name], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.safetensors")
+        model, _ = shape.make(shape.n_train)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+        for target in targets(model):
+            found = {engine: in_its_own_process(["--row", name, target, engine, "--model", path]) for engine in engines}
+            theirs = found["devinterp"]
+            for engine, row in found.items():
+                apart = abs(row["llc"] - theirs["llc"]) / np.hypot(row["error"], theirs["error"])
+                rows.append([
+                    target, engine, f"{1e3 * row['per draw']:.2f}", f"{1e3 * row['per effective']:.1f}",
+                    f"{theirs['per draw'] / row['per draw']:.1f}",
+                    f"{theirs['per effective'] / row['per effective']:.1f}",
+                    f"{row['llc']:.2f} ± {row['error']:.2f}", f"{apart:.1f}", f"{row['memory']:.2f}",
+                ])  # fmt: skip
+                print(name, *rows[-1], sep=" | ", flush=True)
+    return rows
+
+
+COLUMNS = (
+    "what", "engine", "ms per draw", "ms per effective sample", "times faster per draw", "per effective sample",
+    "LLC of the first", "apart", "GB",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", help="also write the tables to this Markdown file")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.row:
+        name, target, engine = given.row
+        model, data = SHAPES[name].make(0)
+        model.load_state_dict(load_file(given.model))
+        print(json.dumps(measure(SHAPES[name], model, data, target, engine)))
+        return
+    start = time.time()
+    engines = list(dict.fromkeys([*given.engines, "devinterp"]))
+    tables = [(f"{name}: {SHAPES[name].describe}", COLUMNS, table(name, engines)) for name in given.shapes]
+    written(tables, __doc__ or "", time.time() - start, given.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What both potentials of this package do: targets, weights, and examples in blocks that fit the memory."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechgrok.replicas.network import Network
+from mechgrok.types import Examples
+
+AT_ONCE = 64  # examples that the frozen part of the model is run on at once
+WORKING_SET = 2**23  # numbers that a block's activations may take, if the memory allows: 32 MB in float32, the cache
+
+
+class Blockwise(ABC):
+    """A potential (see `sampling.potential`) that evaluates a block of examples for all replicas at once.
+
+    Args:
+        memory: bytes for activations, kept ones and those of a block each at most half of it.
+    """
+
+    anchor: Tensor
+
+    def __init__(self, model: HookedTransformer, examples: Examples, memory: float):
+        self.n_examples = len(examples)
+        self._net = Network(model, examples)
+        self._tokens = examples.tokens
+        self._targets = examples.targets[:, self._net.scored]
+        weights = examples.weights[:, self._net.scored].to(model.W_E.dtype)
+        self._weights = weights / weights.sum(1, keepdim=True)
+        self._memory = memory / self._weights.element_size() / 2  # in numbers
+
+    def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        losses, gradient = [], torch.zeros_like(theta)
+        for block in self._blocks(len(theta), index):
+            leaf = theta.detach().requires_grad_()
+            found, total = self._evaluate(leaf, block)
+            gradient += torch.autograd.grad(total.sum() / index.shape[1], leaf)[0]
+            losses.append(found)
+        return torch.cat(losses, dim=1), gradient
+
+    @torch.no_grad()
+    def losses(self, theta: Tensor, index: Tensor) -> Tensor:
+        return torch.cat([self._evaluate(theta, block)[0] for block in self._blocks(len(theta), index)], dim=1)
+
+    @abstractmethod
+    def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """As `cross_entropy` returns them; targets and weights are Float[chain, row]."""
+
+    @abstractmethod
+    def _numbers(self) -> int:
+        """How many numbers the activations of one replica on one example take, about."""
+
+    def _blocks(self, n_replicas: int, index: Tensor) -> tuple[Tensor, ...]:
+        at_once = int(min(WORKING_SET, self._memory) / (self._numbers() * n_replicas))
+        return index.split(max(1, at_once), dim=1)
+
+    def _evaluate(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(losses Float64[replica, example], their weighted sum Float[replica])."""
+        weights = self._weights[index]
+        nats, total = self._nats(theta, index, self._targets[index].flatten(1), weights.flatten(1))
+        losses = nats.double().view(-1, *weights.shape) * weights
+        return losses.sum(-1).flatten(0, 1), total
+
+
+def numbers_of_a_layer(net: Network, n_heads: int) -> int:
+    """What a layer keeps for its backward pass, and the gradients of that, about: patterns, q, k, v, z, MLP."""
+    cfg, n_pos = net.cfg, net.n_pos
+    mlp = 0 if cfg.attn_only else 4 * (cfg.d_mlp or 0)
+    return n_pos * (n_heads * (n_pos + 8 * cfg.d_head) + 6 * cfg.d_model + mlp)

@@ -1,0 +1,130 @@
+"""The heads of a layer, all at once: what they do not move is computed once and shared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from mechgrok.components import HEAD_PARAMETERS
+from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
+from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
+from mechgrok.types import Examples
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What no head moves, for some examples of every chain, Float[chain, row, d_model].
+
+    normalized: what the layer's attention reads, at all positions. resid: the residual stream after that
+    attention, centred where LayerNorm centres it anyway, and z, Float[head, chain, row, d_head]: what each
+    head put into it; both at the positions that are read afterwards.
+    """
+
+    normalized: Tensor
+    resid: Tensor
+    z: Tensor
+
+
+class LayerHeads(Blockwise):
+    """Losses and gradients of heads of one layer, for many chains, in one batch.
+
+    Replicas are head-major: row h * n_chains + c of theta is the h-th head in chain c, and the heads of a
+    chain share its batch. Frozen weights are shared, not copied, and only what lies downstream of a head
+    is computed. A head of the last layer without MLP moves the logits through its own rank:
+    base W_U + z (W_O W_U), with base W_U shared by all heads of a chain.
+
+    Equal to `ModulePotential`, head by head, up to float32 rounding.
+
+    Args:
+        heads: numbers of heads in `layer`. memory: bytes; what is frozen is kept for all examples if that
+            fits into half of it, and computed for each batch anew otherwise.
+    """
+
+    def __init__(self, model: HookedTransformer, examples: Examples, layer: int, heads: Sequence[int], memory: float):
+        super().__init__(model, examples, memory)
+        self._layer, self._heads = layer, list(heads)
+        own = {
+            part: model.get_parameter(f"blocks.{layer}.attn.{part}").detach()[self._heads] for part in HEAD_PARAMETERS
+        }
+        self._shapes = [own[part].shape[1:] for part in HEAD_PARAMETERS]
+        self.anchor = torch.cat([own[part].flatten(1) for part in HEAD_PARAMETERS], dim=1)
+        self.anchor = self.anchor if len(self._heads) > 1 else self.anchor[0]
+        self._before = self._centred(own["W_O"])
+        cfg, n_queries = model.cfg, len(self._net.queries(layer))
+        kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
+        fits = self.n_examples * kept <= self._memory
+        self._kept = self._run(torch.arange(self.n_examples)[None]) if fits else None
+
+    def _numbers(self) -> int:
+        n_later = self._net.cfg.n_layers - 1 - self._layer
+        return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
+
+    def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        net, layer, frozen = self._net, self._layer, self._net.frozen
+        given = self._inputs(index)
+        sizes = [shape.numel() for shape in self._shapes]
+        parts = theta.view(len(self._heads), len(index), -1).split(sizes, dim=2)
+        own = {
+            name: part.unflatten(2, shape)
+            for name, part, shape in zip(HEAD_PARAMETERS, parts, self._shapes, strict=True)
+        }
+        reads = {letter: own[f"W_{letter}"].transpose(0, 1) for letter in "QKV"}
+        biases = {
+            letter: own[f"b_{letter}"].transpose(0, 1)[:, None] + net.positions(layer, letter, read, frozen)
+            for letter, read in reads.items()
+        }
+        z = net.heads(layer, given.normalized, reads, biases, self._heads).flatten(0, 1)
+        out = self._centred(own["W_O"]).flatten(0, 1)
+        others = given.resid - torch.matmul(given.z, self._before[:, None])
+        resid = torch.baddbmm(others.flatten(0, 1), z, out)
+
+        norm, (readout, bias) = net.norm("ln_final", frozen), net.readout(frozen)
+        if layer == net.cfg.n_layers - 1 and net.cfg.attn_only:
+            still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), torch.matmul(self._before, readout))
+            return low_rank_cross_entropy(
+                z, torch.matmul(out, readout), norm.inverse_rms(resid), bias, still, targets, weights
+            )
+        resid = net.mlp(layer, resid, frozen)
+        for later in range(layer + 1, net.cfg.n_layers):
+            resid = net.layer(later, resid, frozen)
+        return cross_entropy(norm(resid), readout, bias, targets, weights)
+
+    def _centred(self, write: Tensor) -> Tensor:
+        """Without the mean over d_model, if a LayerNorm stands before all that reads it."""
+        return write - write.mean(-1, keepdim=True) if self._net.norm("ln_final", self._net.frozen).centred else write
+
+    def _inputs(self, index: Tensor) -> _Inputs:
+        if self._kept is None:
+            return self._run(index)
+
+        def rows(kept: Tensor) -> Tensor:
+            """Float[1, row, d] of all examples -> Float[chain, row, d] of these."""
+            return kept.view(self.n_examples, -1, kept.shape[-1])[index].flatten(1, 2)
+
+        return _Inputs(
+            rows(self._kept.normalized), rows(self._kept.resid), torch.stack([rows(z) for z in self._kept.z])
+        )
+
+    @torch.no_grad()
+    def _run(self, index: Tensor) -> _Inputs:
+        """The model itself on these examples, up to the end of the layer's attention."""
+        net, block = self._net, f"blocks.{self._layer}"
+        after = f"{block}.hook_resid_post" if net.cfg.attn_only else f"{block}.hook_resid_mid"
+        found: dict[str, list[Tensor]] = {f"{block}.hook_resid_pre": [], f"{block}.attn.hook_z": [], after: []}
+
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            found[str(hook.name)].append(value)
+
+        for tokens in self._tokens[index.flatten()].split(AT_ONCE):
+            net.model.run_with_hooks(tokens, stop_at_layer=self._layer + 1, fwd_hooks=[(name, keep) for name in found])
+        before, z, resid = (torch.cat(values) for values in found.values())
+        at, n_chains = net.queries(self._layer), len(index)
+        z = z[:, at][:, :, self._heads].permute(2, 0, 1, 3).unflatten(1, (n_chains, -1))
+        return _Inputs(
+            net.model.blocks[self._layer].ln1(before).unflatten(0, (n_chains, -1)).flatten(1, 2),
+            self._centred(resid[:, at]).unflatten(0, (n_chains, -1)).flatten(1, 2),
+            z.flatten(2, 3).contiguous(),
+        )

@@ -1,0 +1,229 @@
+"""HookedTransformer's layers as functions of parameters that may differ from replica to replica.
+
+Every parameter is Float[replica or 1, ...]: with a leading 1 it is frozen and shared by all replicas,
+never copied. Activations are Float[replica, row, ...], rows being an example's positions, one example
+after another. LayerNorm's centring and gain are folded into the weights that read it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm, LayerNormPre
+from transformer_lens.components.abstract_attention import AbstractAttention
+
+from mechgrok.replicas.attention import attend, mix_heads
+from mechgrok.types import Examples
+
+Parameters = Mapping[str, Tensor]  # full name -> Float[replica or 1, ...]
+
+PLAIN = {
+    "use_attn_in": False, "use_split_qkv_input": False, "use_hook_mlp_in": False, "parallel_attn_mlp": False,
+    "use_normalization_before_and_after": False, "use_qk_norm": False, "use_attention_sinks": False,
+    "use_logn_attn": False, "use_local_attn": False, "use_dynamic_ntk_rope": False, "post_embedding_ln": False,
+    "gated_mlp": False, "num_experts": None, "clip_qkv": None, "n_key_value_heads": None, "load_in_4bit": False,
+    "output_logits_soft_cap": -1.0, "attn_scores_soft_cap": -1.0,
+}  # fmt: skip
+
+
+def why_not(model: HookedTransformer) -> str | None:
+    """What in this model's architecture is not computed here, or None if all of it is."""
+    cfg = model.cfg
+    for name, plain in PLAIN.items():
+        if (value := getattr(cfg, name, plain)) != plain:
+            return f"{name} = {value!r}"
+    if cfg.positional_embedding_type not in ("standard", "rotary", "shortformer", "alibi"):
+        return f"positional_embedding_type = {cfg.positional_embedding_type!r}"
+    if cfg.is_layer_norm_activation():
+        return f"act_fn = {cfg.act_fn!r}"
+    if cfg.dtype not in (torch.float32, torch.float64):
+        return f"dtype = {cfg.dtype}"
+    if str(cfg.original_architecture).startswith("Olmo"):  # norms at other places
+        return f"original_architecture = {cfg.original_architecture!r}"
+    if model.tokenizer is not None and model.tokenizer.padding_side == "left":  # masks of its own
+        return "a tokenizer that pads on the left"
+    return None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a normalization does: subtract the mean or not, divide by the root mean square or not, gain, offset."""
+
+    centred: bool
+    scaled: bool
+    eps: float
+    gain: Tensor | None
+    offset: Tensor | None
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, bias) that read the normalized activation as they read gain times it plus offset.
+
+        weight: Float[replica or 1, d_model, m]; bias: Float[replica or 1, m or (row, m)].
+        """
+        if self.offset is not None:
+            bias = bias + torch.matmul(self.offset[:, None], weight).squeeze(1)
+        return (weight if self.gain is None else self.gain[:, :, None] * weight), bias
+
+    def fold_heads(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for Float[replica or 1, head, d_model, d_head] and Float[replica or 1, pos or 1, head, d_head]."""
+        if self.offset is not None:
+            bias = bias + torch.einsum("rd,rhde->rhe", self.offset, weight)[:, None]
+        return (weight if self.gain is None else self.gain[:, None, :, None] * weight), bias
+
+    def inverse_rms(self, resid: Tensor) -> Tensor | None:
+        """1 / root mean square of each row, Float[replica, row], of a residual stream that is centred already."""
+        return (resid.square().mean(-1) + self.eps).rsqrt() if self.scaled else None
+
+    def __call__(self, resid: Tensor) -> Tensor:
+        """The normalized residual stream, without gain and offset."""
+        if self.centred:
+            return torch.nn.functional.layer_norm(resid, resid.shape[-1:], eps=self.eps)
+        inverse = self.inverse_rms(resid)
+        return resid if inverse is None else resid * inverse[..., None]
+
+
+class Network:
+    """The layers of one model on sequences whose losses are scored at some positions only."""
+
+    def __init__(self, model: HookedTransformer, examples: Examples):
+        self.model, self.cfg = model, model.cfg
+        self.n_pos = examples.tokens.shape[1]
+        # Targets and weights of the positions that any example scores; the last layer runs on no others.
+        self.scored = (examples.weights > 0).any(0).nonzero().squeeze(1)
+        self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
+        self.every = torch.arange(self.n_pos)
+        self._modules = dict(model.named_modules())
+        self._frozen_qkv: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def queries(self, layer: int) -> Tensor:
+        """The positions that anything reads after this layer's attention."""
+        return self.scored if layer == self.cfg.n_layers - 1 else self.every
+
+    def norm(self, name: str, parameters: Parameters) -> Norm:
+        module = self._modules.get(name, torch.nn.Identity())  # a model without norms has no ln_final at all
+        return Norm(
+            centred=isinstance(module, LayerNorm | LayerNormPre),
+            scaled=not isinstance(module, torch.nn.Identity),
+            eps=float(getattr(module, "eps", 0.0)),
+            gain=parameters.get(f"{name}.w"),
+            offset=parameters.get(f"{name}.b"),
+        )
+
+    def embed(self, tokens: Tensor, parameters: Parameters) -> Tensor:
+        """The residual stream before the first layer, of tokens Int[replica, example, pos]."""
+        table = parameters["embed.W_E"]
+        first = torch.arange(len(tokens))[:, None, None] * (table.shape[1] if len(table) > 1 else 0)
+        resid = torch.nn.functional.embedding(tokens + first, table.flatten(0, 1))
+        if self.cfg.positional_embedding_type == "standard":
+            resid = resid + parameters["pos_embed.W_pos"][:, None, : self.n_pos]
+        return resid.flatten(1, 2)
+
+    def heads(
+        self,
+        layer: int,
+        rows: Tensor,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        which: Sequence[int] | None = None,
+    ) -> Tensor:
+        """z Float[head, replica, row, d_head] of heads that read these rows, Float[replica, row, d_model].
+
+        Args:
+            which: the heads' numbers, None for all of the layer.
+            weights: Q, K, V -> Float[replica or 1, head, d_model, d_head].
+            biases: Q, K, V -> Float[replica or 1, pos or 1, head, d_head].
+        """
+        every = len(self.queries(layer)) == self.n_pos
+        q = None if every else self._project(self._at_queries(rows, layer), weights, biases, "Q")[:, :, 0]
+        rest = self._project(rows, weights, biases, "QKV" if every else "KV")
+        if self.cfg.positional_embedding_type == "rotary":
+            q = None if q is None else self._rotate(q, layer, self.queries(layer))
+            keys = self._rotate(rest[:, :, :-1].flatten(2, 3), layer, self.every).unflatten(2, (-1, rest.shape[3]))
+            rest = torch.cat([keys, rest[:, :, -1:]], dim=2)
+        z = attend(q, rest, self._bias(layer, which, rest), 1 / float(self._attention(layer).attn_scale))
+        return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
+
+    def _project(self, rows: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], of: str) -> Tensor:
+        """Float[example, pos, part, head, d_head]."""
+        weight = torch.stack(torch.broadcast_tensors(*(weights[letter].transpose(1, 2) for letter in of)), dim=2)
+        bias = torch.stack(torch.broadcast_tensors(*(biases[letter] for letter in of)), dim=2)
+        read = linear(rows, weight.flatten(2), bias.flatten(2))
+        n_pos = len(self.scored) if of == "Q" else self.n_pos
+        return read.view(-1, n_pos, *weight.shape[2:])
+
+    def qkv(self, layer: int, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(weights, biases) of the model's own heads, as `heads` wants them, with the norm folded in."""
+        if parameters is self.frozen and layer in self._frozen_qkv:
+            return self._frozen_qkv[layer]
+        norm, weights, biases = self.norm(f"blocks.{layer}.ln1", parameters), {}, {}
+        for letter in "QKV":
+            weight = parameters[f"blocks.{layer}.attn.W_{letter}"]
+            bias = parameters[f"blocks.{layer}.attn.b_{letter}"][:, None]
+            bias = bias + self.positions(layer, letter, weight, parameters)
+            weights[letter], biases[letter] = norm.fold_heads(weight, bias)
+        if parameters is self.frozen:
+            self._frozen_qkv[layer] = weights, biases
+        return weights, biases
+
+    def positions(self, layer: int, letter: str, weight: Tensor, parameters: Parameters) -> Tensor | float:
+        """What shortformer's positions add to queries and keys, Float[replica or 1, pos, head, d_head]; 0 elsewhere."""
+        if self.cfg.positional_embedding_type != "shortformer" or letter == "V":
+            return 0.0
+        at = self.queries(layer) if letter == "Q" else self.every
+        return torch.einsum("rpd,rhde->rphe", parameters["pos_embed.W_pos"][:, at], weight)
+
+    def _rotate(self, split: Tensor, layer: int, at: Tensor) -> Tensor:
+        cfg, attention = self.cfg, self._attention(layer)
+        turned, rest = split.split([cfg.rotary_dim or 0, cfg.d_head - (cfg.rotary_dim or 0)], dim=-1)
+        cos, sin = attention.rotary_cos[at, None], attention.rotary_sin[at, None]
+        return torch.cat([turned * cos + attention.rotate_every_two(turned) * sin, rest], dim=-1)
+
+    def _bias(self, layer: int, which: Sequence[int] | None, like: Tensor) -> Tensor:
+        """What is added to the scores, Float[head or 1, query, key]."""
+        at = self.queries(layer)
+        bias = like.new_zeros(1, len(at), self.n_pos)
+        if self.cfg.positional_embedding_type == "alibi":
+            bias = AbstractAttention.create_alibi_bias(self.cfg.n_heads, self.n_pos, "cpu").to(like)[:, at]
+            bias = bias if which is None else bias[list(which)]
+        if self.cfg.attention_dir == "causal":
+            bias = bias.masked_fill(self.every > at[:, None], -torch.inf)
+        return bias
+
+    def layer(self, layer: int, resid: Tensor, parameters: Parameters) -> Tensor:
+        """The residual stream after a layer; after the last one at the scored positions only."""
+        normalized = self.norm(f"blocks.{layer}.ln1", parameters)(resid)
+        z = self.heads(layer, normalized, *self.qkv(layer, parameters))
+        resid = resid if len(self.queries(layer)) == self.n_pos else self._at_queries(resid, layer)
+        prefix = f"blocks.{layer}.attn."
+        resid = mix_heads(z, parameters[f"{prefix}W_O"], resid, parameters[f"{prefix}b_O"][:, None])
+        return self.mlp(layer, resid, parameters)
+
+    def mlp(self, layer: int, resid: Tensor, parameters: Parameters, read: Tensor | None = None) -> Tensor:
+        """The residual stream with what the MLP adds to it, if there is one; `read`: its pre-activations, if known."""
+        if self.cfg.attn_only:
+            return resid
+        prefix = f"blocks.{layer}.mlp."
+        if read is None:
+            norm = self.norm(f"blocks.{layer}.ln2", parameters)
+            weight, bias = norm.fold(parameters[f"{prefix}W_in"], parameters[f"{prefix}b_in"])
+            read = linear(norm(resid), weight, bias[:, None])
+        active = self.model.blocks[layer].mlp.act_fn(read)
+        return resid + linear(active, parameters[f"{prefix}W_out"], parameters[f"{prefix}b_out"][:, None])
+
+    def readout(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """(W_U, b_U) as they read the normalized residual stream."""
+        return self.norm("ln_final", parameters).fold(parameters["unembed.W_U"], parameters["unembed.b_U"])
+
+    def _at_queries(self, rows: Tensor, layer: int) -> Tensor:
+        return rows.unflatten(1, (-1, self.n_pos))[:, :, self.queries(layer)].flatten(1, 2)
+
+    def _attention(self, layer: int) -> AbstractAttention:
+        return self.model.blocks[layer].attn
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """rows Float[replica, row, k] weight Float[replica or 1, k, m] + bias Float[replica or 1, pos or 1, m]."""
+    out = torch.matmul(rows, weight[0]) if len(weight) == 1 else torch.bmm(rows, weight)
+    return out.view(len(out), -1, *bias.shape[1:]).add_(bias[:, None]).flatten(1, 2)

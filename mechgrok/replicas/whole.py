@@ -1,0 +1,72 @@
+"""Any component of a HookedTransformer: from the first layer that it touches on, in one batch."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
+from mechgrok.replicas.cross_entropy import cross_entropy
+from mechgrok.sampling.potential import extract, inserter
+from mechgrok.types import Component, Examples
+
+
+class NetworkPotential(Blockwise):
+    """Losses and gradients of a component for many replicas; frozen weights are shared, not copied.
+
+    Equal to `ModulePotential` up to float32 rounding.
+    """
+
+    def __init__(self, model: HookedTransformer, examples: Examples, component: Component, memory: float):
+        super().__init__(model, examples, memory)
+        own = {name: value.detach() for name, value in model.named_parameters()}
+        self.anchor = extract(component, own)
+        self._moved = tuple(component.masks)
+        self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
+        self._first = _first_layer(self._moved, model.cfg.n_layers)
+        kept = self.n_examples * self._net.n_pos * model.cfg.d_model
+        every = torch.arange(self.n_examples)[None]
+        self._kept = self._run(every) if self._first is not None and kept <= self._memory else None
+
+    def _numbers(self) -> int:
+        cfg = self._net.cfg
+        return (cfg.n_layers - (self._first or 0)) * numbers_of_a_layer(self._net, cfg.n_heads) + (
+            3 * self._net.n_pos * cfg.d_model
+        )
+
+    def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        net = self._net
+        parameters = {**net.frozen, **self._insert(theta)}
+        if self._first is None:
+            resid = net.embed(self._tokens[index], parameters)
+        elif self._kept is None:
+            resid = self._run(index)
+        else:
+            resid = self._kept.view(self.n_examples, -1, net.cfg.d_model)[index].flatten(1, 2)
+        for layer in range(self._first or 0, net.cfg.n_layers):
+            resid = net.layer(layer, resid, parameters)
+        return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
+
+    @torch.no_grad()
+    def _run(self, index: Tensor) -> Tensor:
+        """The residual stream before the first layer that moves, Float[chain, row, d_model]."""
+        found = []
+        for examples in index.split(AT_ONCE, dim=1):
+            resid = self._net.embed(self._tokens[examples], self._net.frozen)
+            for layer in range(self._first or 0):
+                resid = self._net.layer(layer, resid, self._net.frozen)
+            found.append(resid)
+        return torch.cat(found, dim=1)
+
+
+def _first_layer(names: Iterable[str], n_layers: int) -> int | None:
+    """The layer from which on these parameters matter; None if the embedding does already."""
+    layers = []
+    for name in names:
+        if name.startswith(("embed", "pos_embed")):
+            return None
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layers.append(int(block[1]) if block else n_layers)
+    return min(layers)
