@@ -236,7 +236,7 @@ def calibration_record(found: Calibration) -> dict[str, Any]:
         "reasons": list(found.reasons),
         "acceptance": found.acceptance,
         "sensitivity": [
-            {"nbeta": nbeta, "localization": localization, "worst_slope": _finite(slope)}
+            {"nbeta": nbeta, "localization": localization, "slope": _finite(slope)}
             for (nbeta, localization), slope in found.sensitivity.items()
         ],
         **{name: rows(getattr(found, name)) for name in ("grid", "steps", "final", "control")},

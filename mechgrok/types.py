@@ -136,6 +136,7 @@ class ChainHealth:
 
     r_hat: split rank-normalized R-hat. ess: effective sample size of the mean, all chains.
     drift: change of the estimate between the halves of the run, as a share of the estimate's size.
+    drifting: it is large and significant, so the chain has not settled.
     diverged: share of chains that left the finite numbers.
     escaped: the sampled loss lost all that training had gained over chance.
     saturation: rise of the sampled loss as a share of its rise under the localization alone (nbeta = 0);
@@ -148,6 +149,7 @@ class ChainHealth:
     r_hat: float
     ess: float
     drift: float
+    drifting: bool
     diverged: float
     escaped: bool
     saturation: float
@@ -294,7 +296,7 @@ class Calibration:
     """A recommended setting, why, and everything it was read from.
 
     sound: whether all that is asked of a setting holds for this one; `reasons` say what does not.
-    sensitivity: (nbeta, localization) -> |d log llc / d log setting|, the larger of the two, NaN where unusable.
+    sensitivity: (nbeta, localization) -> |d log llc / d log nbeta|, NaN where unusable.
     grid, steps: the sweeps. final, control: the recommended setting, and the same with nbeta = 0.
     acceptance: of mala at the recommended step size, None where it was too dear.
     """

@@ -4,8 +4,9 @@
    where the chain goes allows, after a burn-in of the slowest relaxation, 2 / (step_size localization)
    steps. A cell is usable if that is affordable and every chain stays finite, in its basin and settled, and
    finds no loss surely below that of w* (there w* is no minimum at the chain's scale). Of the usable ones
-   the least sensitive comes first: smallest |d log llc / d log nbeta| and |d log llc / d log localization|,
-   checkpoints weighted by their LLC. At 1 an estimate is saturated.
+   the least sensitive comes first: smallest |d log llc / d log nbeta|, checkpoints weighted by their LLC.
+   At 1 an estimate is saturated. The slope along localization is told but does not choose: it says at
+   which scale one looks, and where it is smallest is the largest localization, which sees least.
 2. Step sizes, each with the same time to mix: a line through the estimates of that cell; the largest step
    that adds at most MAX_BIAS to the estimate by that line, at every checkpoint.
 3. Length: twice the relaxation as burn-in; twice the draws, up to twice, until the chains are healthy. If
@@ -77,7 +78,7 @@ def calibrate(
     *,
     seed: int,
     components: Sequence[ComponentLike] = (None,),
-    sampler: SamplerName = "sgld",
+    sampler: SamplerName = "baoab",
     momentum: float = 0.0,
     batch_size: int | None = None,
     n_chains: int = 4,
@@ -144,7 +145,7 @@ def calibrate(
     ]
     swept = everywhere("grid", [settings(*cell, step_size[cell], N_DRAWS, relaxation[cell]) for cell in affordable])
     grid = dict(zip(affordable, swept, strict=True))
-    sensitivity = {cell: _sensitivity(grid, cell) for cell in affordable}
+    sensitivity = {cell: _slope(grid, cell, axis=0) for cell in affordable}
     usable = [cell for cell in affordable if math.isfinite(sensitivity[cell]) and not _troubles(grid[cell])]
     # Where no cell is usable the one with the fewest troubles is shown for what it is.
     candidates = sorted(usable, key=sensitivity.__getitem__) or [min(affordable, key=lambda c: _troubles(grid[c]))]
@@ -168,8 +169,8 @@ def calibrate(
     _, chosen, bias, recommended, steps, final = min(tried, key=lambda attempt: attempt[0])
     (control,) = everywhere("control", [recommended.model_copy(update={"nbeta": 0.0})])
     acceptance = _mala_acceptance(cases, recommended, seed)
-    growth = _sensitivity(grid, chosen, axes=(0,))
-    sound, reasons = _verdict(recommended, bool(usable), sensitivity[chosen], growth, bias, final, control, acceptance)
+    slopes = sensitivity[chosen], _slope(grid, chosen, axis=1)
+    sound, reasons = _verdict(recommended, bool(usable), slopes, bias, final, control, acceptance)
     return Calibration(
         recommended=recommended,
         sound=sound,
@@ -214,7 +215,7 @@ def _troubles(trials: Sequence[Trial]) -> int:
     bad = 0
     for estimate in (trial.estimate for trial in trials):
         health = estimate.health
-        unsettled = not health.r_hat <= SETTLED_R_HAT or any("drifts" in reason for reason in health.reasons)
+        unsettled = not health.r_hat <= SETTLED_R_HAT or health.drifting
         bad += health.diverged > 0 or health.escaped or unsettled or _below(estimate)
     return bad
 
@@ -241,27 +242,23 @@ def _sick(trials: Sequence[Trial]) -> list[str]:
     return found
 
 
-def _sensitivity(grid: Mapping[Cell, Sequence[Trial]], cell: Cell, axes: Sequence[int] = (0, 1)) -> float:
-    """|d log llc / d log setting|, the larger of the axes (nbeta, localization), from the cell's neighbours.
+def _slope(grid: Mapping[Cell, Sequence[Trial]], cell: Cell, axis: int) -> float:
+    """|d log llc / d log setting| along nbeta (axis 0) or localization (1), from the cell's neighbours.
 
     Each case counts by its share of the LLC, so that checkpoints with hardly any do not decide; one whose
     estimate is not told from 0 does not count. NaN where no neighbour can be compared with.
     """
-    worst = []
-    for axis in axes:
-        line = sorted(other for other in grid if other[1 - axis] == cell[1 - axis])
-        at = line.index(cell)
-        around = line[max(at - 1, 0) : at + 2]
-        slopes, weights = [], []
-        for case, trial in enumerate(grid[cell]):
-            found = [(other[axis], grid[other][case].estimate) for other in around]
-            points = [(math.log(x), math.log(e.llc)) for x, e in found if e.llc > 2 * e.std_error]
-            if len(points) > 1 and trial.estimate.llc > 0:
-                slopes.append(abs((points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])))
-                weights.append(trial.estimate.llc)
-        if slopes:
-            worst.append(float(np.average(slopes, weights=weights)))
-    return max(worst, default=math.nan)
+    line = sorted(other for other in grid if other[1 - axis] == cell[1 - axis])
+    at = line.index(cell)
+    around = line[max(at - 1, 0) : at + 2]
+    slopes, weights = [], []
+    for case, trial in enumerate(grid[cell]):
+        found = [(other[axis], grid[other][case].estimate) for other in around]
+        points = [(math.log(x), math.log(e.llc)) for x, e in found if e.llc > 2 * e.std_error]
+        if len(points) > 1 and trial.estimate.llc > 0:
+            slopes.append(abs((points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])))
+            weights.append(trial.estimate.llc)
+    return float(np.average(slopes, weights=weights)) if slopes else math.nan
 
 
 def _largest_unbiased(trials: Sequence[Sequence[Trial]]) -> tuple[float, float]:
@@ -293,22 +290,22 @@ def _mala_acceptance(cases: Sequence[_Case], recommended: LLCConfig, seed: int) 
 def _verdict(
     config: LLCConfig,
     any_usable: bool,
-    sensitivity: float,
-    growth: float,
+    slopes: tuple[float, float],
     bias: float,
     final: Sequence[Trial],
     control: Sequence[Trial],
     acceptance: float | None,
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether all that is asked holds, and the reasons in words."""
-    plateau = any_usable and growth < MAX_GROWTH
+    plateau = any_usable and slopes[0] < MAX_GROWTH
     unhealthy = _sick(final)
     place = f"nbeta {config.nbeta:g}, localization {config.localization:g}: "
     if not any_usable:
         place += "no cell of the grid is usable at every checkpoint; this one has the fewest troubles"
     else:
-        place += f"of the usable cells one where the estimate moves little, by the power {sensitivity:.2f} of either"
-        place += f" and {growth:.2f} of nbeta" + ("" if plateau else ", which is no plateau (1 would be proportional)")
+        place += f"of the usable cells one where the estimate moves little with nbeta, by the power {slopes[0]:.2f}"
+        place += "" if plateau else ", which is no plateau (1 would be proportional)"
+        place += f"; by {slopes[1]:.2f} with localization"
     size = f"step_size {config.step_size:.2g}: "
     size += "the largest tried that" if bias <= MAX_BIAS else "the smallest tried, and yet it"
     size += f" adds {bias:.0%} to the estimate at the worst checkpoint"

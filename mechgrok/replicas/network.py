@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import LayerNorm, LayerNormPre
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from mechgrok.replicas.attention import attend, mix_heads
+from mechgrok.replicas.attention import attend, mix_heads, read_heads
 from mechgrok.types import Examples
 
 Parameters = Mapping[str, Tensor]  # full name -> Float[replica or 1, ...]
@@ -136,22 +136,21 @@ class Network:
             biases: Q, K, V -> Float[replica or 1, pos or 1, head, d_head].
         """
         every = len(self.queries(layer)) == self.n_pos
-        q = None if every else self._project(self._at_queries(rows, layer), weights, biases, "Q")[:, :, 0]
-        rest = self._project(rows, weights, biases, "QKV" if every else "KV")
+        q = None if every else self._read(self._at_queries(rows, layer), weights, biases, "Q")[0]
+        rest = self._read(rows, weights, biases, "QKV" if every else "KV")
         if self.cfg.positional_embedding_type == "rotary":
             q = None if q is None else self._rotate(q, layer, self.queries(layer))
-            keys = self._rotate(rest[:, :, :-1].flatten(2, 3), layer, self.every).unflatten(2, (-1, rest.shape[3]))
-            rest = torch.cat([keys, rest[:, :, -1:]], dim=2)
+            rest = torch.cat([self._rotate(rest[:-1], layer, self.every), rest[-1:]])
         z = attend(q, rest, self._bias(layer, which, rest), 1 / float(self._attention(layer).attn_scale))
         return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
 
-    def _project(self, rows: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], of: str) -> Tensor:
-        """Float[example, pos, part, head, d_head]."""
-        weight = torch.stack(torch.broadcast_tensors(*(weights[letter].transpose(1, 2) for letter in of)), dim=2)
-        bias = torch.stack(torch.broadcast_tensors(*(biases[letter] for letter in of)), dim=2)
-        read = linear(rows, weight.flatten(2), bias.flatten(2))
+    def _read(self, rows: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], of: str) -> Tensor:
+        """Float[part, head, example, pos, d_head]."""
+        weight = torch.cat(torch.broadcast_tensors(*(weights[letter] for letter in of)), dim=1)
+        bias = torch.cat(torch.broadcast_tensors(*(biases[letter] for letter in of)), dim=2)
+        read = read_heads(rows, weight, bias)
         n_pos = len(self.scored) if of == "Q" else self.n_pos
-        return read.view(-1, n_pos, *weight.shape[2:])
+        return read.view(len(of), len(read) // len(of), -1, n_pos, read.shape[-1])
 
     def qkv(self, layer: int, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(weights, biases) of the model's own heads, as `heads` wants them, with the norm folded in."""
@@ -177,7 +176,7 @@ class Network:
     def _rotate(self, split: Tensor, layer: int, at: Tensor) -> Tensor:
         cfg, attention = self.cfg, self._attention(layer)
         turned, rest = split.split([cfg.rotary_dim or 0, cfg.d_head - (cfg.rotary_dim or 0)], dim=-1)
-        cos, sin = attention.rotary_cos[at, None], attention.rotary_sin[at, None]
+        cos, sin = attention.rotary_cos[at], attention.rotary_sin[at]
         return torch.cat([turned * cos + attention.rotate_every_two(turned) * sin, rest], dim=-1)
 
     def _bias(self, layer: int, which: Sequence[int] | None, like: Tensor) -> Tensor:

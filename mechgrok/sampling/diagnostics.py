@@ -75,6 +75,7 @@ def health(
     change = summary.half_means[1] - summary.half_means[0]
     error = math.hypot(*summary.half_errors)
     drift = change / size if size > 0 else 0.0
+    drifting = abs(drift) > MAX_DRIFT and abs(change) > DRIFT_SIGNIFICANCE * error
     learned = 0.0 if chance_loss is None else chance_loss - init_loss
     can_lose = chance_loss is not None and learned > MIN_LEARNED * chance_loss
     escaped = bool(can_lose and summary.mean - init_loss >= learned)
@@ -89,7 +90,7 @@ def health(
             reasons.append(f"R-hat {summary.r_hat:.2f} > {MAX_R_HAT}: draw longer chains or more burn-in")
         if summary.ess < MIN_ESS:
             reasons.append(f"effective sample size {summary.ess:.0f} < {MIN_ESS:.0f}: draw longer chains")
-        if abs(drift) > MAX_DRIFT and abs(change) > DRIFT_SIGNIFICANCE * error:
+        if drifting:
             reasons.append(f"the loss still drifts ({drift:+.0%} between halves): more burn-in")
     if escaped:
         reasons.append(
@@ -99,8 +100,9 @@ def health(
     if acceptance < MIN_ACCEPTANCE:
         reasons.append(f"{acceptance:.0%} of the proposals accepted: lower step_size")
     return ChainHealth(
-        summary.r_hat, summary.ess, drift, summary.diverged, escaped, saturation, saturated, acceptance, tuple(reasons)
-    )
+        r_hat=summary.r_hat, ess=summary.ess, drift=drift, drifting=drifting, diverged=summary.diverged,
+        escaped=escaped, saturation=saturation, saturated=saturated, acceptance=acceptance, reasons=tuple(reasons),
+    )  # fmt: skip
 
 
 def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
