@@ -34,7 +34,15 @@ def _about() -> None:
 
 
 @app.command()
-def run(source: Source, out_dir: Out = None, workers: Workers = None, scheduler: Scheduler = None) -> None:
+def run(
+    source: Source,
+    out_dir: Out = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB that one estimate may take; by default the config's.")
+    ] = None,
+) -> None:
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
     with _progress() as progress:
         progress("starting", 0, 1)  # TransformerLens takes seconds to import
@@ -42,7 +50,7 @@ def run(source: Source, out_dir: Out = None, workers: Workers = None, scheduler:
         from mechgrok import pipeline
         from mechgrok.config import load_config
 
-        config = load_config(source)
+        config = load_config(source) if memory is None else load_config(source).with_memory(memory)
         for name in config.analyses.names:
             contract.check(name, config)  # refused before hours of work
         progress("starting", 1, 1)

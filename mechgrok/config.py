@@ -83,6 +83,7 @@ class LLCConfig(Settings):
     engine: "devinterp" runs devinterp's own sampler, to check against; it offers sgld and rmsprop_sgld.
     precision: of matrix products. "bfloat16" lets them be made in it where the hardware has it; weights,
     noise, softmax and baseline stay in float32. "float64" is for checks.
+    device: where the chains run; "cuda" draws other normals than "cpu", so bits differ between the two.
     memory_gb: what the activations of one estimate may take. More is kept rather than computed anew;
     the last bits of a result depend on it, which is why it is a setting.
     """
@@ -101,6 +102,7 @@ class LLCConfig(Settings):
     canonicalize: bool = False
     engine: Literal["mechgrok", "devinterp"] = "mechgrok"
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     memory_gb: PositiveFloat = MEMORY_GB
 
     @model_validator(mode="after")
@@ -111,6 +113,10 @@ class LLCConfig(Settings):
             raise ValueError("sgnht needs a velocity to measure: set momentum above 0, or use baoab")
         if self.engine == "devinterp" and self.sampler not in ("sgld", "rmsprop_sgld"):
             raise ValueError(f"devinterp has no sound {self.sampler}; use sgld or rmsprop_sgld, or engine mechgrok")
+        if self.engine == "devinterp" and self.device != "cpu":
+            raise ValueError(
+                "engine devinterp is run on the cpu here, as it is there to check against; leave device out"
+            )
         return self
 
     def halved(self) -> Self:
@@ -181,6 +187,11 @@ class RunConfig(Settings):
         ratio = self.llc.control_localization / self.llc.sampling.localization
         curve = {"sampling": sampling, "control_localization": ratio * sampling.localization}
         return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
+
+    def with_memory(self, memory_gb: float) -> "RunConfig":
+        """The same experiment with another budget for the activations of one estimate."""
+        sampling = LLCConfig(**(self.llc.sampling.model_dump() | {"memory_gb": memory_gb}))
+        return self.model_copy(update={"llc": self.llc.model_copy(update={"sampling": sampling})})
 
     def digest(self) -> str:
         """SHA-256 of the settings in canonical JSON: equal exactly when every setting is equal."""

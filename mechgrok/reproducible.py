@@ -1,5 +1,6 @@
 """The same bits each time: fixed torch threads, and no kernel whose sums depend on who comes first."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ def reproducible(n_threads: int) -> Iterator[None]:
     With two threads the gradient of an embedding otherwise differs from run to run in its last bits,
     which training then amplifies. A kernel that has no deterministic form raises RuntimeError.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products refuse to be deterministic
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(True)

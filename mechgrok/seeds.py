@@ -24,6 +24,6 @@ def derive(seed: int, *names: Name) -> int:
     return int.from_bytes(digest, "big") & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def stream(seed: int, *names: Name) -> torch.Generator:
-    """A CPU generator seeded with `derive(seed, *names)`."""
-    return torch.Generator().manual_seed(derive(seed, *names))
+def stream(seed: int, *names: Name, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded with `derive(seed, *names)`; one of another device gives other numbers."""
+    return torch.Generator(device).manual_seed(derive(seed, *names))

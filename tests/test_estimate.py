@@ -10,7 +10,7 @@ import mechgrok as mg
 from mechgrok import seeds
 from mechgrok.components import complement, component
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
-from mechgrok.llc.curve import llc_curve, point_seed
+from mechgrok.llc.curve import llc_curve, point_seed, with_company
 from mechgrok.llc.head_potential import HeadPotential, can_hook
 from mechgrok.model import build_model, evaluate, model_losses
 from mechgrok.sampling.chains import sample
@@ -194,6 +194,15 @@ def test_two_workers_give_the_bits_of_one(tiny_run) -> None:
     curve = llc_curve(study.trajectory, study.split.train, components=names, config=CONFIG, seed=0, n_workers=2)
     assert np.array_equal(curve.llc, study.curve.llc)
     assert np.array_equal(curve.std_error, study.curve.std_error)
+
+
+def test_a_unit_that_is_missing_brings_those_that_it_was_sampled_with(tiny_run) -> None:
+    """A head's last bits are those of its whole group, so a resumed run samples the group again."""
+    trajectory = tiny_run[1].trajectory
+    units = [(step, name, CONFIG) for step in (0, 4) for name in ("model", "L0H0", "L0H1")]
+    assert with_company(trajectory, units, []) == []
+    assert with_company(trajectory, units, [units[0]]) == [units[0]]
+    assert with_company(trajectory, units, [units[5], units[3]]) == units[3:]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import mechgrok as mg
 from mechgrok import seeds
 from mechgrok.components import component, head_hooks
 from mechgrok.config import LLCConfig
-from mechgrok.errors import ComponentError
+from mechgrok.errors import ComponentError, ConfigError
 from mechgrok.llc.estimate import estimate_group
 from mechgrok.llc.head_potential import HeadPotential
 from mechgrok.llc.problem import groups, make_problem
@@ -205,6 +205,13 @@ def test_precisions_agree_within_the_error(precision: str, name: str) -> None:
     assert abs(other.llc - plain.llc) < (0.5 if precision == "bfloat16" else 4) * plain.std_error
     assert other.llc != plain.llc or precision == "bfloat16"
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = CONFIG.model_copy(update={"device": "cuda"})
+    with pytest.raises(ConfigError, match="no such device; install a CUDA build"):
+        mg.estimate_llc(build(), examples(build()), config=config, seed=0)
 
 
 def test_a_diverged_replica_leaves_the_others_alone() -> None:

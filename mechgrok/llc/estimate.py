@@ -164,20 +164,21 @@ def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[float]:
         return [math.inf] * len(problem.components)
     potential, rises = problem.potential, []
     anchor = potential.anchor.reshape(len(problem.components), -1)
+    device = anchor.device
     for draw in range(N_PRIOR_DRAWS * config.n_chains):
-        names = [("prior", name, repr(config.localization), draw) for name in members(problem)]
-        noise = [
-            torch.randn(anchor.shape[1], generator=seeds.stream(seed, *name), dtype=anchor.dtype) for name in names
-        ]
-        index = torch.arange(potential.n_examples)
+        noise = []
+        for name in members(problem):
+            rng = seeds.stream(seed, "prior", name, repr(config.localization), draw, device=device)
+            noise.append(torch.randn(anchor.shape[1], generator=rng, dtype=anchor.dtype, device=device))
+        index = torch.arange(potential.n_examples, device=device)
         if config.batch_size is not None:
-            rng = seeds.stream(seed, "prior", "batch", repr(config.localization), draw)
-            index = torch.randint(potential.n_examples, (config.batch_size,), generator=rng)
+            rng = seeds.stream(seed, "prior", "batch", repr(config.localization), draw, device=device)
+            index = torch.randint(potential.n_examples, (config.batch_size,), generator=rng, device=device)
         losses = potential.losses(anchor + torch.stack(noise) / config.localization**0.5, index[None])
-        rises.append((losses.double() - problem.init_losses[index]).mean(1))
+        rises.append((losses.cpu().double() - problem.init_losses[index.cpu()]).mean(1))
     return [math.inf if math.isnan(rise) else rise for rise in torch.stack(rises).mean(0).tolist()]
 
 
 def as_set(config: LLCConfig) -> dict[str, Any]:
     """The settings that the problem depends on."""
-    return {key: getattr(config, key) for key in ("canonicalize", "memory_gb", "precision")}
+    return {key: getattr(config, key) for key in ("canonicalize", "memory_gb", "precision", "device")}

@@ -138,9 +138,9 @@ def susceptibilities(full: Observation, restricted: Observation, data: str, on: 
 
 
 def _losses(problem: Problem, theta: torch.Tensor) -> torch.Tensor:
-    blocks = torch.arange(len(problem.init_losses)).split(BLOCK)
+    blocks = torch.arange(len(problem.init_losses), device=theta.device).split(BLOCK)
     found = [problem.potential.losses(theta, block.expand(len(theta), -1)) for block in blocks]
-    return torch.cat(found, dim=1).double()
+    return torch.cat(found, dim=1).double().cpu()
 
 
 def _jackknife(statistic: Callable[[np.ndarray], np.ndarray], n_chains: int) -> Covariances:

@@ -69,18 +69,21 @@ def make_problem(
     canonicalize: bool = False,
     memory_gb: float = MEMORY_GB,
     precision: str = "float32",
+    device: str = "cpu",
 ) -> Problem:
     """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling.
 
     Args:
         component: also the names of heads that one of `groups` puts together.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this torch sees no such device; install a CUDA build, or leave device out")
     if isinstance(data, Examples):
         if loss_fn is not None:
             raise ConfigError(
                 "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
             )
-        problem = _hooked(model, data, component, chance_loss, canonicalize, memory_gb * 1e9, precision)
+        problem = _hooked(model, data, component, chance_loss, canonicalize, memory_gb * 1e9, precision, device)
     else:
         if loss_fn is None:
             raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
@@ -88,8 +91,8 @@ def make_problem(
             raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
         if canonicalize:
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
-        if precision == "float64":
-            raise ConfigError("precision float64 needs a HookedTransformer with Examples; cast module and tensors")
+        if precision == "float64" or device != "cpu":
+            raise ConfigError("precision and device are for HookedTransformers with Examples; move module and tensors")
         if isinstance(component, tuple):
             raise ComponentError("heads are sampled together on HookedTransformers only; give one component")
         problem = _module(model, tuple(data), loss_fn, component, chance_loss)
@@ -127,6 +130,7 @@ def _hooked(
     canonical: bool,
     memory: float,
     precision: str,
+    device: str,
 ) -> Problem:
     from transformer_lens import HookedTransformer
 
@@ -145,13 +149,27 @@ def _hooked(
     asked = component if isinstance(component, tuple) else ("model" if component is None else component,)
     components = tuple(named(model, one) if isinstance(one, str) else _resolve(model, one) for one in asked)
     model = canonicalize(model) if canonical else model
-    model = copy.deepcopy(model).to(torch.float64) if precision == "float64" else model
+    model = _as_asked(model, precision, device)
+    if device != "cpu":
+        examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
     with torch.no_grad():
         blocks = zip(*(tensor.split(BLOCK) for tensor in examples.tensors), strict=True)
-        init_losses = torch.cat([model_losses(model, *block) for block in blocks]).double()
+        init_losses = torch.cat([model_losses(model, *block) for block in blocks]).double().cpu()
     potential = _potential(model, examples, components, memory)
     chance = chance_loss(model) if chance is None else chance
     return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)
+
+
+def _as_asked(model: "HookedTransformer", precision: str, device: str) -> "HookedTransformer":
+    """The model itself, or a copy in float64 or on another device."""
+    if precision != "float64" and device == "cpu":
+        return model
+    model = copy.deepcopy(model)
+    if precision == "float64":
+        model.to(torch.float64)
+    if device != "cpu":
+        model.to(device)
+    return model
 
 
 def _potential(

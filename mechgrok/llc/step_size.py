@@ -23,8 +23,8 @@ def sharpness(potential: Potential, at: Tensor, seed: int, n_iterations: int = 1
     a dozen iterations bring within a few percent where one eigenvalue leads.
     """
     rng = seeds.stream(seed, "sharpness")
-    index = torch.randperm(potential.n_examples, generator=rng)[:MAX_EXAMPLES].expand(2, -1)
-    direction = torch.randn(at.shape, generator=rng, dtype=at.dtype)
+    index = torch.randperm(potential.n_examples, generator=rng)[:MAX_EXAMPLES].expand(2, -1).to(at.device)
+    direction = torch.randn(at.shape, generator=rng, dtype=at.dtype).to(at.device)
     norm = float(at.norm())
     radius = 1e-3 * (norm if norm > 0 else len(at) ** 0.5)
     curvature = 0.0

@@ -44,6 +44,10 @@ class Blockwise(ABC):
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
         return torch.cat([self._evaluate(theta, block)[0] for block in self._blocks(len(theta), index)], dim=1)
 
+    def _all(self) -> Tensor:
+        """Every example, as one chain's: Int[1, example]."""
+        return torch.arange(self.n_examples, device=self._tokens.device)[None]
+
     @abstractmethod
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """As `cross_entropy` returns them; targets and weights are Float[chain, row]."""

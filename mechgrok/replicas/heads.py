@@ -56,7 +56,7 @@ class LayerHeads(Blockwise):
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory
-        self._kept = self._run(torch.arange(self.n_examples)[None]) if fits else None
+        self._kept = self._run(self._all()) if fits else None
 
     def _numbers(self) -> int:
         n_later = self._net.cfg.n_layers - 1 - self._layer

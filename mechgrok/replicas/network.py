@@ -93,7 +93,7 @@ class Network:
         # Targets and weights of the positions that any example scores; the last layer runs on no others.
         self.scored = (examples.weights > 0).any(0).nonzero().squeeze(1)
         self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
-        self.every = torch.arange(self.n_pos)
+        self.every = torch.arange(self.n_pos, device=examples.tokens.device)
         self._modules = dict(model.named_modules())
         self._frozen_qkv: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
@@ -114,7 +114,9 @@ class Network:
     def embed(self, tokens: Tensor, parameters: Parameters) -> Tensor:
         """The residual stream before the first layer, of tokens Int[replica, example, pos]."""
         table = parameters["embed.W_E"]
-        first = torch.arange(len(tokens))[:, None, None] * (table.shape[1] if len(table) > 1 else 0)
+        first = torch.arange(len(tokens), device=tokens.device)[:, None, None] * (
+            table.shape[1] if len(table) > 1 else 0
+        )
         resid = torch.nn.functional.embedding(tokens + first, table.flatten(0, 1))
         if self.cfg.positional_embedding_type == "standard":
             resid = resid + parameters["pos_embed.W_pos"][:, None, : self.n_pos]

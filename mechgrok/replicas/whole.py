@@ -27,8 +27,7 @@ class NetworkPotential(Blockwise):
         self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
         self._first = _first_layer(self._moved, model.cfg.n_layers)
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
-        every = torch.arange(self.n_examples)[None]
-        self._kept = self._run(every) if self._first is not None and kept <= self._memory else None
+        self._kept = self._run(self._all()) if self._first is not None and kept <= self._memory else None
 
     def _numbers(self) -> int:
         cfg = self._net.cfg

@@ -75,19 +75,23 @@ def sample(
     if len(anchor) != len(members) * config.n_chains:
         raise ValueError(f"the potential has {len(anchor) // config.n_chains} members, {len(members)} were named")
 
+    device = anchor.device
+
     def streams(what: str) -> list[torch.Generator]:
         each = product(members, range(config.n_chains))
-        return [seeds.stream(seed, *names, member, what, chain) for member, chain in each]
+        return [seeds.stream(seed, *names, member, what, chain, device=device) for member, chain in each]
 
     noises, coins = streams("noise"), streams("accept")
-    batches = [seeds.stream(seed, *names, "batch", chain) for chain in range(config.n_chains)]
+    batches = [seeds.stream(seed, *names, "batch", chain, device=device) for chain in range(config.n_chains)]
 
     def normal() -> Tensor:
-        return torch.stack([torch.randn(n_params, generator=rng, dtype=anchor.dtype) for rng in noises])
+        drawn = [torch.randn(n_params, generator=rng, dtype=anchor.dtype, device=device) for rng in noises]
+        return torch.stack(drawn)
 
-    everything = torch.arange(n_examples).expand(config.n_chains, -1)
-    losses = torch.full((len(anchor), config.n_draws), torch.nan, dtype=torch.float64)
-    accepted = torch.zeros(len(anchor), dtype=torch.float64)
+    everything = torch.arange(n_examples, device=device).expand(config.n_chains, -1)
+    # Nothing leaves the device before the end: a GPU would wait for it in every step.
+    losses = torch.full((len(anchor), config.n_draws), torch.nan, dtype=torch.float64, device=device)
+    accepted = torch.zeros(len(anchor), dtype=torch.float64, device=device)
     indices, observed = [], []
     theta = anchor.clone()
     state = sampler.start(theta, normal, config)
@@ -96,7 +100,7 @@ def sample(
         index = everything
         if config.batch_size is not None:
             size = (config.batch_size,)
-            index = torch.stack([torch.randint(n_examples, size, generator=rng) for rng in batches])
+            index = torch.stack([torch.randint(n_examples, size, generator=rng, device=device) for rng in batches])
         new = _evaluate(potential, state.theta, anchor, index, config)
         if sampler.metropolis and point is not None:
             accept = _accept(point, new, coins, config.step_size)
@@ -110,13 +114,14 @@ def sample(
             if observe is not None:
                 observed.append(observe(point.theta))
         state = sampler.step(state, point.slope, normal(), config)
+    losses = losses.cpu()
     diverged = (~losses.isfinite()).cummax(1).values
     n_proposals = config.n_burnin + config.n_draws - 1
     return Draws(
         losses=losses.masked_fill(diverged, torch.nan),
-        index=None if config.batch_size is None else torch.stack(indices, dim=1),
+        index=None if config.batch_size is None else torch.stack(indices, dim=1).cpu(),
         theta=point.theta if sampler.metropolis and point is not None else state.theta,
-        acceptance=accepted / n_proposals if sampler.metropolis else torch.ones_like(accepted),
+        acceptance=accepted.cpu() / n_proposals if sampler.metropolis else torch.ones(len(anchor), dtype=torch.float64),
         observed=observed,
     )
 
@@ -134,7 +139,7 @@ def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], step_siz
     log_ratio = mala_log_acceptance(
         old.theta, new.theta, old.energy, new.energy, old.slope.force, new.slope.force, step_size
     )
-    coin = torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in coins])
+    coin = torch.cat([torch.rand(1, generator=rng, dtype=torch.float64, device=rng.device) for rng in coins])
     return coin.log() < log_ratio
 
 
