@@ -1,0 +1,124 @@
+"""How cost grows: heads of a layer, processes of a machine, and the floor that the arithmetic sets.
+
+    python -m benchmarks.scaling [--write docs/scaling.md]     # part of make bench
+
+CPU seconds on one torch thread. The floor of a head's step is its necessary floating-point operations at the rate
+of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both measured here.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from transformer_lens import HookedTransformer
+
+from benchmarks.small_models import attention_only, planted_sequences
+from benchmarks.tables import written
+from mechgrok.replicas.heads import LayerHeads
+from mechgrok.types import Examples
+
+N_CHAINS, BATCH = 4, 32
+
+
+def model(n_heads: int, n_tokens: int = 128, n_pos: int = 64, d_head: int = 16) -> tuple[HookedTransformer, Examples]:
+    data = planted_sequences(256, n_tokens, n_pos)
+    shape = {"n_layers": 2, "d_model": 64, "n_heads": n_heads, "d_head": d_head}
+    return attention_only(data, n_tokens, (0,), **shape)[0][1], data
+
+
+def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """The least CPU seconds of several calls, after one to warm up."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def per_head(n_heads: int, layer: int) -> tuple[float, float]:
+    """(CPU seconds, the floor) of one head's step in one chain."""
+    network, data = model(n_heads)
+    potential = LayerHeads(network, data, layer, range(n_heads), memory=2e9)
+    theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
+    index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    spent = seconds(lambda: potential.losses_and_grad(theta, index)) / len(theta)
+    return spent, floor(network, layer)
+
+
+def floor(network: HookedTransformer, layer: int) -> float:
+    cfg, rows = network.cfg, BATCH * 64
+    wide, rank, scores = cfg.n_heads * cfg.d_head, cfg.d_head, BATCH * 64 * 64
+    macs = 2 * rows * cfg.d_model * 3 * rank + 6 * scores * rank  # q, k, v and their weights; the head's attention
+    exponentials = scores + rows * cfg.d_vocab
+    if layer == cfg.n_layers - 1:
+        # shared logits, what the head was, what it is, and the gradients by z and by W_O W_U
+        macs += rows * cfg.d_vocab * (cfg.d_model / cfg.n_heads + 4 * rank)
+    else:
+        macs += 2 * rows * cfg.d_model * (rank + 3 * wide + wide + cfg.d_vocab) + 6 * scores * wide
+        exponentials += scores * cfg.n_heads
+    return 2 * macs / product_rate() + exponentials * exponential_time()
+
+
+def product_rate() -> float:
+    """Floating-point operations per second of a matrix product in the cache."""
+    a, b, out = torch.randn(96, 64), torch.randn(64, 5000), torch.empty(96, 5000)
+    return 2 * 96 * 64 * 5000 / seconds(lambda: torch.mm(a, b, out=out), 50)
+
+
+def exponential_time() -> float:
+    x, out = torch.randn(2**16), torch.empty(2**16)
+    return seconds(lambda: torch.exp(x, out=out), 50) / 2**16
+
+
+def steps_done(duration: float) -> int:
+    """Steps of the last layer's heads within a time by the clock."""
+    torch.set_num_threads(1)
+    network, data = model(4)
+    potential = LayerHeads(network, data, 1, range(4), memory=2e9)
+    theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
+    index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    potential.losses_and_grad(theta, index)
+    end, done = time.perf_counter() + duration, 0
+    while time.perf_counter() < end:
+        potential.losses_and_grad(theta, index)
+        done += 1
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", help="also write the tables to this Markdown file")
+    target = parser.parse_args().write
+    start = time.time()
+    torch.set_num_threads(1)
+    rows = []
+    for n_heads in (4, 8, 16, 32, 64):
+        for layer in (1, 0):
+            spent, least = per_head(n_heads, layer)
+            rows.append([n_heads, layer, f"{1e3 * spent:.2f}", f"{1e3 * least:.2f}", f"{spent / least:.1f}"])
+            print(*rows[-1], flush=True)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        alone = sum(pool.map(steps_done, [15.0]))
+        together = sum(pool.map(steps_done, [15.0, 15.0]))
+    sections = [
+        (
+            "Heads: 2 layers, attention only, d_model 64, d_head 16, vocabulary 128, context 64, batch 32",
+            ("heads in a layer", "layer", "ms per head and step", "floor", "times the floor"),
+            [list(map(str, row)) for row in rows],
+        ),
+        (
+            "Processes",
+            ("processes", "steps in 15 s", "times one"),
+            [["1", str(alone), "1"], ["2", str(together), f"{together / alone:.2f}"]],
+        ),
+    ]
+    written(sections, __doc__ or "", time.time() - start, target)
+
+
+if __name__ == "__main__":
+    main()
