@@ -4,6 +4,7 @@ import base64
 import html
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
@@ -99,6 +100,7 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
         "Refined LLC of every head": plotting.components_figure(study.curve, study.stages),
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["code"] = _with_code
     template = environment.from_string((resources.files("analyses") / "templates/report.html").read_text())
     return template.render(
         name=study.config.name,
@@ -154,6 +156,11 @@ def health_note(study: Study) -> str:
         "the localization's scale that the estimate is all but proportional to nbeta. "
         "`mechgrok llc RUN` lists both kinds with what to change."
     )
+
+
+def _with_code(text: str) -> Markup:
+    """Escaped, and what stands between backticks set as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text)))
 
 
 def bias_note(study: Study) -> str:

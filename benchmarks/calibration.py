@@ -37,7 +37,7 @@ def line(
         against = f"known: {truth:g}"
     else:
         last = found.final[-1].estimate
-        # devinterp has no baoab; at this step size its sgld is up to 7 % too hot in the sharpest directions alone.
+        # devinterp has no baoab; its sgld is hotter at curvature a of U, by 1 / (1 - step_size a / 4).
         other = {"sampler": "sgld", "n_draws": 200, "engine": "devinterp"}
         config = mg.LLCConfig(**(setting.model_dump() | other))
         theirs = mg.estimate_llc(models[-1][1], data, seed=1, config=config)
