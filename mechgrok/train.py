@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 
 from mechgrok.errors import ConfigError
 from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
-from mechgrok.reproducible import reproducible
+from mechgrok.reproducible import matmul_precision, reproducible
 from mechgrok.store import RunDirectory
 from mechgrok.types import CheckpointMetrics, Split, Trajectory
 
@@ -41,7 +41,7 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
     config = run.config
     steps = checkpoint_steps(config.train.n_steps, config.train.n_checkpoints)
     if not all(run.has_checkpoint(step) for step in steps):
-        with reproducible(config.train.n_threads):
+        with reproducible(config.train.n_threads), matmul_precision("float32"):
             _train_to_the_end(run, split, steps, progress)
     return load_trajectory(run, split)
 

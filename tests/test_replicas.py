@@ -25,6 +25,7 @@ from mechgrok.replicas.cross_entropy import cross_entropy
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.network import why_not
 from mechgrok.replicas.whole import NetworkPotential
+from mechgrok.reproducible import matmul_precision
 from mechgrok.sampling.potential import ModulePotential, Potential
 from mechgrok.types import Examples
 
@@ -204,6 +205,15 @@ def test_precisions_agree_within_the_error(precision: str, name: str) -> None:
     # The same noise, so they are much nearer to each other than to the truth; float64 draws other normals.
     assert abs(other.llc - plain.llc) < (0.5 if precision == "bfloat16" else 4) * plain.std_error
     assert other.llc != plain.llc or precision == "bfloat16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
+
+
+def test_float32_means_float32_whatever_kernels_make_the_products() -> None:
+    rng = seeds.stream(0, "product")
+    a, b = torch.randn(300, 200, generator=rng), torch.randn(200, 400, generator=rng)
+    with matmul_precision("float32"):
+        product = a @ b
+    assert float((product.double() - a.double() @ b.double()).abs().max()) < 2e-4
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
 
 
