@@ -122,6 +122,8 @@ def calibration_figure(found: Calibration) -> Figure:
         line[1].errorbar(sizes, [e.llc for e in sweep], [1.96 * e.std_error for e in sweep], fmt="o-", color=INK)
         line[1].axvline(found.recommended.step_size, color=LANDMARK, ls="--", lw=1)
         line[1].set(xscale="log", xlabel="step size", ylabel="LLC")
+        line[1].set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        line[1].set_xticks([], minor=True)
         for trial, color, label in (
             (mine(found.final)[0], INK, "sampled"),
             (mine(found.control)[0], LANDMARK, "nbeta 0"),
@@ -140,6 +142,7 @@ def _heat_map(ax: Axes, trials: Sequence[Trial], found: Calibration) -> None:
         config = trial.estimate.config
         values[gammas.index(config.localization), nbetas.index(config.nbeta)] = trial.estimate.llc
     ax.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    bright = np.nanmin(values) + 0.6 * np.ptp(values[np.isfinite(values)])
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             usable = np.isfinite(found.sensitivity[nbetas[column], gammas[row]])
@@ -149,7 +152,7 @@ def _heat_map(ax: Axes, trials: Sequence[Trial], found: Calibration) -> None:
                 f"{value:.3g}" if usable else f"× {value:.3g}",
                 ha="center",
                 va="center",
-                color="w",
+                color="k" if value > bright else "w",
                 fontsize=7,
             )
     best = (nbetas.index(found.recommended.nbeta) - 0.5, gammas.index(found.recommended.localization) - 0.5)
