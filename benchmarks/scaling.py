@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--write docs/scaling.md]     # part of make bench
 
 CPU seconds on one torch thread. The floor of a head's step is its necessary floating-point operations at the rate
-of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both measured here.
+of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both measured here. Below the last layer
+a head moves all that the later layers' heads see, so its cost grows with their number.
 """
 
 import argparse
@@ -18,18 +19,19 @@ from transformer_lens import HookedTransformer
 from benchmarks.small_models import attention_only, planted_sequences
 from benchmarks.tables import written
 from mechgrok.replicas.heads import LayerHeads
+from mechgrok.reproducible import matmul_precision
 from mechgrok.types import Examples
 
 N_CHAINS, BATCH = 4, 32
 
 
-def model(n_heads: int, n_tokens: int = 128, n_pos: int = 64, d_head: int = 16) -> tuple[HookedTransformer, Examples]:
-    data = planted_sequences(256, n_tokens, n_pos)
-    shape = {"n_layers": 2, "d_model": 64, "n_heads": n_heads, "d_head": d_head}
-    return attention_only(data, n_tokens, (0,), **shape)[0][1], data
+def model(n_heads: int, n_layers: int = 2, d_model: int = 64, d_head: int = 16) -> tuple[HookedTransformer, Examples]:
+    data = planted_sequences(256, n_tokens=128, n_pos=64)
+    shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "d_head": d_head}
+    return attention_only(data, 128, (0,), **shape)[0][1], data
 
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """The least CPU seconds of several calls, after one to warm up."""
     work()
     best = float("inf")
@@ -40,14 +42,16 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
-def per_head(n_heads: int, layer: int) -> tuple[float, float]:
+def per_head(layer: int, **shape: int) -> tuple[float, float]:
     """(CPU seconds, the floor) of one head's step in one chain."""
-    network, data = model(n_heads)
+    network, data = model(**shape)
+    n_heads = network.cfg.n_heads
     potential = LayerHeads(network, data, layer, range(n_heads), memory=2e9)
     theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
     index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
-    spent = seconds(lambda: potential.losses_and_grad(theta, index)) / len(theta)
-    return spent, floor(network, layer)
+    with matmul_precision("float32"):
+        spent = seconds(lambda: potential.losses_and_grad(theta, index)) / len(theta)
+        return spent, floor(network, layer)
 
 
 def floor(network: HookedTransformer, layer: int) -> float:
@@ -59,8 +63,9 @@ def floor(network: HookedTransformer, layer: int) -> float:
         # shared logits, what the head was, what it is, and the gradients by z and by W_O W_U
         macs += rows * cfg.d_vocab * (cfg.d_model / cfg.n_heads + 4 * rank)
     else:
-        macs += 2 * rows * cfg.d_model * (rank + 3 * wide + wide + cfg.d_vocab) + 6 * scores * wide
-        exponentials += scores * cfg.n_heads
+        n_later = cfg.n_layers - 1 - layer
+        macs += 2 * rows * cfg.d_model * (rank + n_later * 4 * wide + cfg.d_vocab) + n_later * 6 * scores * wide
+        exponentials += n_later * scores * cfg.n_heads
     return 2 * macs / product_rate() + exponentials * exponential_time()
 
 
@@ -78,7 +83,7 @@ def exponential_time() -> float:
 def steps_done(duration: float) -> int:
     """Steps of the last layer's heads within a time by the clock."""
     torch.set_num_threads(1)
-    network, data = model(4)
+    network, data = model(n_heads=4)
     potential = LayerHeads(network, data, 1, range(4), memory=2e9)
     theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
     index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
@@ -90,26 +95,39 @@ def steps_done(duration: float) -> int:
     return done
 
 
+COLUMNS = ("heads in a layer", "layer", "ms per head and step", "floor", "times the floor")
+
+
+def row(n_heads: int, measured: tuple[float, float], layer: int) -> list[str]:
+    spent, least = measured
+    found = [str(n_heads), str(layer), f"{1e3 * spent:.2f}", f"{1e3 * least:.2f}", f"{spent / least:.1f}"]
+    print(*found, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", help="also write the tables to this Markdown file")
     target = parser.parse_args().write
     start = time.time()
     torch.set_num_threads(1)
-    rows = []
-    for n_heads in (4, 8, 16, 32, 64):
-        for layer in (1, 0):
-            spent, least = per_head(n_heads, layer)
-            rows.append([n_heads, layer, f"{1e3 * spent:.2f}", f"{1e3 * least:.2f}", f"{spent / least:.1f}"])
-            print(*rows[-1], flush=True)
+    rows = [row(n_heads, per_head(1, n_heads=n_heads), 1) for n_heads in (4, 8, 16, 32, 64)]
+    rows += [row(n_heads, per_head(0, n_heads=n_heads), 0) for n_heads in (4, 16)]
+    deep = {"n_layers": 12, "n_heads": 12, "d_model": 96, "d_head": 8}
+    layers = [row(12, per_head(layer, **deep), layer) for layer in (0, 5, 11)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         alone = sum(pool.map(steps_done, [15.0]))
         together = sum(pool.map(steps_done, [15.0, 15.0]))
     sections = [
         (
             "Heads: 2 layers, attention only, d_model 64, d_head 16, vocabulary 128, context 64, batch 32",
-            ("heads in a layer", "layer", "ms per head and step", "floor", "times the floor"),
-            [list(map(str, row)) for row in rows],
+            COLUMNS,
+            rows,
+        ),
+        (
+            "Layers: 12 of 12 heads, attention only, d_model 96, d_head 8, vocabulary 128, context 64, batch 32",
+            COLUMNS,
+            layers,
         ),
         (
             "Processes",
