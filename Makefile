@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that test; each uses one torch thread, so that they do not fight for the cores.
 JOBS ?= 2
 
-.PHONY: run test test-fast lint fix check regression bench bench-accuracy bench-calibration clean
+.PHONY: run test test-fast lint fix check regression bench bench-job bench-accuracy bench-calibration clean
 
 run: .venv/installed
 	$(BIN)/mechgrok run modular-addition
@@ -31,7 +31,12 @@ regression: .venv/installed
 	$(BIN)/mechgrok run modular-addition-quick --out runs/regression
 	$(BIN)/mechgrok check runs/regression --against tests/baseline.json
 
+# Seconds per draw beside devinterp, and how they grow: about ten minutes.
 bench: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --write docs/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --write docs/scaling.md
+
+bench-job: .venv/installed
 	$(BIN)/python -m benchmarks.main_job
 
 # Known learning coefficients, per sampler and beside devinterp, and the coverage of the error bars: under 20 minutes.

@@ -60,7 +60,7 @@ class Norm:
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, bias) that read the normalized activation as they read gain times it plus offset.
 
-        weight: Float[replica or 1, d_model, m]; bias: Float[replica or 1, m or (row, m)].
+        weight: Float[replica or 1, d_model, m]; bias: Float[replica or 1, m].
         """
         if self.offset is not None:
             bias = bias + torch.matmul(self.offset[:, None], weight).squeeze(1)
@@ -201,16 +201,14 @@ class Network:
         resid = mix_heads(z, parameters[f"{prefix}W_O"], resid, parameters[f"{prefix}b_O"][:, None])
         return self.mlp(layer, resid, parameters)
 
-    def mlp(self, layer: int, resid: Tensor, parameters: Parameters, read: Tensor | None = None) -> Tensor:
-        """The residual stream with what the MLP adds to it, if there is one; `read`: its pre-activations, if known."""
+    def mlp(self, layer: int, resid: Tensor, parameters: Parameters) -> Tensor:
+        """The residual stream with what the MLP adds to it, if there is one."""
         if self.cfg.attn_only:
             return resid
         prefix = f"blocks.{layer}.mlp."
-        if read is None:
-            norm = self.norm(f"blocks.{layer}.ln2", parameters)
-            weight, bias = norm.fold(parameters[f"{prefix}W_in"], parameters[f"{prefix}b_in"])
-            read = linear(norm(resid), weight, bias[:, None])
-        active = self.model.blocks[layer].mlp.act_fn(read)
+        norm = self.norm(f"blocks.{layer}.ln2", parameters)
+        weight, bias = norm.fold(parameters[f"{prefix}W_in"], parameters[f"{prefix}b_in"])
+        active = self.model.blocks[layer].mlp.act_fn(linear(norm(resid), weight, bias[:, None]))
         return resid + linear(active, parameters[f"{prefix}W_out"], parameters[f"{prefix}b_out"][:, None])
 
     def readout(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
