@@ -2,9 +2,11 @@
 
     python -m benchmarks.calibration [--write docs/calibration.md]     # make bench-calibration
 
-The small models are trained here, on three checkpoints each. Every recommendation is then held against something
-that chose nothing: devinterp's sampler at the same settings where it has the sampler, and the known coefficient
-of the deep linear network.
+The small models are trained here, on three checkpoints each. Every recommendation is then held against something that
+chose nothing: the known coefficient of the deep linear network, in the limit that no finite nbeta reaches, and
+elsewhere devinterp's sgld at the same settings and the last checkpoint. It has no baoab, and sgld is hotter, by
+1 / (1 - step_size a / 4) along a curvature a of U, which counts where the step size is the largest that baoab allows.
+mala, a witness of sgld's kernel, then rejects nearly all steps.
 """
 
 import argparse
