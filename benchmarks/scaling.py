@@ -18,6 +18,7 @@ from transformer_lens import HookedTransformer
 
 from benchmarks.small_models import attention_only, planted_sequences
 from benchmarks.tables import written
+from mechgrok.llc.problem import GROUP
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.reproducible import matmul_precision
 from mechgrok.types import Examples
@@ -45,8 +46,8 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 def per_head(layer: int, **shape: int) -> tuple[float, float]:
     """(CPU seconds, the floor) of one head's step in one chain."""
     network, data = model(**shape)
-    n_heads = network.cfg.n_heads
-    potential = LayerHeads(network, data, layer, range(n_heads), memory=2e9)
+    n_heads = network.cfg.n_heads  # of which as many are sampled together as a run does
+    potential = LayerHeads(network, data, layer, range(min(n_heads, GROUP)), memory=2e9)
     theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
     index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
     with matmul_precision("float32"):
@@ -61,7 +62,7 @@ def floor(network: HookedTransformer, layer: int) -> float:
     exponentials = scores + rows * cfg.d_vocab
     if layer == cfg.n_layers - 1:
         # shared logits, what the head was, what it is, and the gradients by z and by W_O W_U
-        macs += rows * cfg.d_vocab * (cfg.d_model / cfg.n_heads + 4 * rank)
+        macs += rows * cfg.d_vocab * (cfg.d_model / min(cfg.n_heads, GROUP) + 4 * rank)
     else:
         n_later = cfg.n_layers - 1 - layer
         macs += 2 * rows * cfg.d_model * (rank + n_later * 4 * wide + cfg.d_vocab) + n_later * 6 * scores * wide

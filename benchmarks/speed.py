@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed [--shapes small modular-addition paper] [--write docs/speed.md]     # make bench
 
-CPU seconds of the sampling alone, for one replica and one step of it ("draw"). Every row is measured in a process
+CPU seconds of the sampling alone, for one replica and one step of it ("draw"), without what does not grow with the
+draws. Every row is measured in a process
 of its own, which also tells the largest memory; the model is trained before, in another. mechgrok samples all heads
 of a layer together, devinterp one head, as it does not share anything between heads. `agree`: how many standard
 errors lie between the two estimates of that head. devinterp runs without observables and with one baseline batch.
@@ -36,14 +37,13 @@ from mechgrok.types import Examples, LLCEstimate
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with its data, the sampling settings, and how many draws of four chains each side gets."""
+    """A model with its data, the sampling settings, and how many draws of four chains each engine gets."""
 
     describe: str
     make: Callable[[int], tuple[HookedTransformer, Examples]]  # (training steps) -> ...
     n_train: int
     settings: dict[str, float]
-    ours: int
-    theirs: int
+    n_draws: int
 
 
 def language(n_tokens: int, n_pos: int, n_examples: int, **shape: object) -> Callable:
@@ -63,15 +63,15 @@ PUBLISHED = {"nbeta": 30.0, "localization": 200.0, "step_size": 1e-3, "batch_siz
 SHAPES = {
     "small": Shape(
         "2 layers, attention only, d_model 64, 4 heads, vocabulary 128, context 64, batch 32",
-        language(128, 64, 1024, n_layers=2, d_model=64, n_heads=4, d_head=16), 200, PUBLISHED, 60, 30,
+        language(128, 64, 1024, n_layers=2, d_model=64, n_heads=4, d_head=16), 200, PUBLISHED, 50,
     ),
     "modular-addition": Shape(
         "p = 113, 1 layer with MLP, d_model 128, 4 heads, batch 128",
-        modular, 200, {"nbeta": 300.0, "localization": 500.0, "step_size": 1e-4, "batch_size": 128}, 200, 50,
+        modular, 200, {"nbeta": 300.0, "localization": 500.0, "step_size": 1e-4, "batch_size": 128}, 100,
     ),
     "paper": Shape(
         "2 layers, attention only, d_model 256, 8 heads, vocabulary 5000, context 128, batch 32",
-        language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 5, PUBLISHED, 8, 8,
+        language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 4,
     ),
 }  # fmt: skip
 ENGINES = ("mechgrok", "mechgrok, bfloat16", "plain path", "devinterp")
@@ -82,10 +82,9 @@ def targets(model: HookedTransformer) -> list[str]:
 
 
 def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str, engine: str) -> dict[str, float]:
-    """One row: run once with few draws to warm up and to know the fixed cost, then with all of them."""
-    few, many = 8, shape.theirs if engine in ("devinterp", "plain path") else shape.ours
-    seconds = []
-    for n_draws in (few, few + many):
+    """One row: run once with few draws to warm up and to know what does not grow with them, then with all."""
+    few, seconds = 8, []
+    for n_draws in (few, few + shape.n_draws):
         config = mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=0,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
@@ -96,10 +95,10 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
             estimates = _estimates(model, data, target, engine, config)
         seconds.append(time.process_time() - start)
     first = estimates[0]
-    per_draw = (seconds[1] - seconds[0]) / (4 * many * len(estimates))
+    per_draw = (seconds[1] - seconds[0]) / (4 * shape.n_draws * len(estimates))
     return {
         "per draw": per_draw,
-        "per effective": seconds[1] / (len(estimates) * first.health.ess),
+        "per effective": per_draw * first.losses.size / first.health.ess,
         "llc": first.llc,
         "error": first.std_error,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

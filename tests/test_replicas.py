@@ -177,6 +177,8 @@ def test_what_the_fast_path_does_not_compute_is_left_to_transformer_lens() -> No
 def test_groups_are_the_heads_of_a_layer() -> None:
     names = ("model", "L0H0", "L1H1", "L0H1", "L1H0+L0H0")
     assert groups(build(), names) == [("model",), ("L0H0", "L0H1"), ("L1H1",), ("L1H0+L0H0",)]
+    many = [f"L0H{head}" for head in range(20)]
+    assert groups(build(), many) == [tuple(many[:16]), tuple(many[16:])]
     with pytest.raises(ComponentError, match="one layer"):
         make_problem(build(), examples(build()), ("L0H0", "L1H0"))
 

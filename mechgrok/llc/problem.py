@@ -16,7 +16,8 @@ from mechgrok.types import Component, Examples
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-BLOCK = 512  # examples whose baseline is evaluated at once
+GROUP = 16
+BLOCK = 2**23  # logits of the baseline at once: 64 MB in float64
 ComponentLike = str | Component | Mapping[str, Tensor | None] | None
 Data = Examples | Sequence[Tensor]
 
@@ -102,7 +103,10 @@ def make_problem(
 
 
 def groups(model: "HookedTransformer", names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The names in the groups that are sampled together: the heads of a layer, every other component alone."""
+    """The names in the groups that are sampled together: heads of a layer, every other component alone.
+
+    At most GROUP heads: beyond, the replicas of one example outgrow the cache, and a head gets dearer.
+    """
     from mechgrok.components import HEAD_NAME
     from mechgrok.replicas.network import why_not
 
@@ -110,7 +114,7 @@ def groups(model: "HookedTransformer", names: Sequence[str]) -> list[tuple[str, 
     for name in names:
         head = HEAD_NAME.fullmatch(name) if why_not(model) is None else None
         found.setdefault(f"heads of layer {head[1]}" if head else name, []).append(name)
-    return [tuple(group) for group in found.values()]
+    return [tuple(group[at : at + GROUP]) for group in found.values() for at in range(0, len(group), GROUP)]
 
 
 def check_batch_size(config: LLCConfig, n_examples: int) -> None:
@@ -153,7 +157,8 @@ def _hooked(
     if device != "cpu":
         examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
     with torch.no_grad():
-        blocks = zip(*(tensor.split(BLOCK) for tensor in examples.tensors), strict=True)
+        at_once = max(1, BLOCK // (examples.tensors[1].shape[1] * model.cfg.d_vocab_out))
+        blocks = zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True)
         init_losses = torch.cat([model_losses(model, *block) for block in blocks]).double().cpu()
     potential = _potential(model, examples, components, memory)
     chance = chance_loss(model) if chance is None else chance

@@ -53,12 +53,8 @@ class _ReadHeads(torch.autograd.Function):
         ctx.bias = bias.shape
         n_heads, d_head = weight.shape[1], weight.shape[3]
         out = rows.new_empty(n_heads, len(rows), rows.shape[1], d_head)
-        if len(weight) == 1:
-            same = rows.flatten(0, 1).expand(n_heads, -1, -1)
-            torch.bmm(same, weight[0], out=out.flatten(1, 2))
-        else:
-            for head in range(n_heads):
-                torch.bmm(rows, weight[:, head], out=out[head])
+        for head in range(n_heads):  # not one product of `rows` expanded: torch would copy them for every head
+            _product(rows, weight[:, head], out[head])
         out.unflatten(2, (-1, bias.shape[1])).add_(bias.permute(2, 0, 1, 3)[:, :, None])
         return out
 
@@ -135,16 +131,21 @@ class _MixHeads(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         dz = torch.empty_like(z)
-        if len(weight) == 1:
-            same = dout.flatten(0, 1).expand(len(z), -1, -1)
-            torch.bmm(same, weight[0].transpose(1, 2), out=dz.flatten(1, 2))
-        else:
-            for head in range(len(z)):
-                torch.bmm(dout, weight[:, head].transpose(1, 2), out=dz[head])
+        dout = dout.contiguous()
+        for head in range(len(z)):
+            _product(dout, weight[:, head].transpose(1, 2), dz[head])
         dweight = None
         if ctx.needs_input_grad[1]:
             dweight = torch.stack([torch.bmm(own.transpose(1, 2), dout) for own in z], dim=1)
         return dz, dweight, dout
+
+
+def _product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = rows weight, Float[replica, row, k] times Float[replica or 1, k, m]."""
+    if len(weight) == 1:
+        torch.mm(rows.flatten(0, 1), weight[0], out=out.flatten(0, 1))
+    else:
+        torch.bmm(rows, weight, out=out)
 
 
 def _blocks(pattern: Tensor, run: int) -> Iterator[tuple[slice, int]]:

@@ -20,12 +20,14 @@ class _Inputs:
 
     normalized: what the layer's attention reads, at all positions. resid: the residual stream after that
     attention, centred where LayerNorm centres it anyway, and z, Float[head, chain, row, d_head]: what each
-    head put into it; both at the positions that are read afterwards.
+    head put into it; both at the positions that are read afterwards. square, Float[head, chain, row]: the
+    squared norm of the residual stream without that.
     """
 
     normalized: Tensor
     resid: Tensor
     z: Tensor
+    square: Tensor
 
 
 class LayerHeads(Blockwise):
@@ -53,6 +55,7 @@ class LayerHeads(Blockwise):
         self.anchor = torch.cat([own[part].flatten(1) for part in HEAD_PARAMETERS], dim=1)
         self.anchor = self.anchor if len(self._heads) > 1 else self.anchor[0]
         self._before = self._centred(own["W_O"])
+        self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory
@@ -78,19 +81,30 @@ class LayerHeads(Blockwise):
         }
         z = net.heads(layer, given.normalized, reads, biases, self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
-        others = given.resid - torch.matmul(given.z, self._before[:, None])
-        resid = torch.baddbmm(others.flatten(0, 1), z, out)
-
         norm, (readout, bias) = net.norm("ln_final", frozen), net.readout(frozen)
-        if layer == net.cfg.n_layers - 1 and net.cfg.attn_only:
+        if self._ends_here:
+            scale = (self._square(z, out, given) / net.cfg.d_model + norm.eps).rsqrt() if norm.scaled else None
             still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), torch.matmul(self._before, readout))
-            return low_rank_cross_entropy(
-                z, torch.matmul(out, readout), norm.inverse_rms(resid), bias, still, targets, weights
-            )
-        resid = net.mlp(layer, resid, frozen)
+            return low_rank_cross_entropy(z, torch.matmul(out, readout), scale, bias, still, targets, weights)
+        resid = net.mlp(layer, torch.baddbmm(self._others(given).flatten(0, 1), z, out), frozen)
         for later in range(layer + 1, net.cfg.n_layers):
             resid = net.layer(later, resid, frozen)
         return cross_entropy(norm(resid), readout, bias, targets, weights)
+
+    def _others(self, given: _Inputs) -> Tensor:
+        """The residual stream without a head's own former output, Float[head, chain, row, d_model]."""
+        return given.resid - torch.matmul(given.z, self._before[:, None])
+
+    def _square(self, z: Tensor, out: Tensor, given: _Inputs) -> Tensor:
+        """|others + z W_O|^2, Float[replica, row], from products as narrow as a head.
+
+        |others|^2 + z . (2 (resid W_O^T - z_before (W_O_before W_O^T)) + z (W_O W_O^T)).
+        """
+        per_head = out.unflatten(0, (len(self._heads), -1)).transpose(2, 3)  # [head, chain, d_model, d_head]
+        along = torch.cat([torch.bmm(given.resid, own) for own in per_head])
+        before = torch.matmul(given.z, torch.matmul(self._before[:, None], per_head)).flatten(0, 1)
+        own = torch.bmm(z, torch.bmm(out, out.transpose(1, 2)))
+        return given.square.flatten(0, 1) + (z * (2 * (along - before) + own)).sum(-1)
 
     def _centred(self, write: Tensor) -> Tensor:
         """Without the mean over d_model, if a LayerNorm stands before all that reads it."""
@@ -105,7 +119,10 @@ class LayerHeads(Blockwise):
             return kept.view(self.n_examples, -1, kept.shape[-1])[index].flatten(1, 2)
 
         return _Inputs(
-            rows(self._kept.normalized), rows(self._kept.resid), torch.stack([rows(z) for z in self._kept.z])
+            rows(self._kept.normalized),
+            rows(self._kept.resid),
+            torch.stack([rows(z) for z in self._kept.z]),
+            torch.stack([rows(square[..., None])[..., 0] for square in self._kept.square]),
         )
 
     @torch.no_grad()
@@ -123,8 +140,10 @@ class LayerHeads(Blockwise):
         before, z, resid = (torch.cat(values) for values in found.values())
         at, n_chains = net.queries(self._layer), len(index)
         z = z[:, at][:, :, self._heads].permute(2, 0, 1, 3).unflatten(1, (n_chains, -1))
-        return _Inputs(
-            net.model.blocks[self._layer].ln1(before).unflatten(0, (n_chains, -1)).flatten(1, 2),
-            self._centred(resid[:, at]).unflatten(0, (n_chains, -1)).flatten(1, 2),
-            z.flatten(2, 3).contiguous(),
-        )
+        normalized = net.model.blocks[self._layer].ln1(before).unflatten(0, (n_chains, -1)).flatten(1, 2)
+        resid, z = self._centred(resid[:, at]).unflatten(0, (n_chains, -1)).flatten(1, 2), z.flatten(2, 3).contiguous()
+        square = z.new_zeros(z.shape[:3])  # of use where the network ends with this layer's heads
+        if self._ends_here:
+            for head, (own, before_head) in enumerate(zip(z, self._before, strict=True)):
+                square[head] = (resid - torch.matmul(own, before_head)).square().sum(-1)
+        return _Inputs(normalized, resid, z, square)
