@@ -3,10 +3,10 @@
     python -m benchmarks.speed [--shapes small modular-addition paper] [--write docs/speed.md]     # make bench
 
 CPU seconds of the sampling alone, for one replica and one step of it ("draw"), without what does not grow with the
-draws. Every row is measured in a process
-of its own, which also tells the largest memory; the model is trained before, in another. mechgrok samples all heads
-of a layer together, devinterp one head, as it does not share anything between heads. `agree`: how many standard
-errors lie between the two estimates of that head. devinterp runs without observables and with one baseline batch.
+draws. Every row is measured in a process of its own, which also tells the largest memory; the model is trained before,
+in another. mechgrok samples all heads of a layer together, devinterp one head, as it shares nothing between heads.
+`apart`: how many standard errors lie between an engine's estimate of the first head and devinterp's. devinterp runs
+without observables and with one baseline batch.
 """
 
 import argparse
