@@ -50,7 +50,7 @@ def main(preset: str = "modular-addition") -> None:
             trajectory = train(directory, split)
         n_units = len(pipeline.curve_units(config, names, trajectory.steps))
         with timed(f"sampling, {n_units} estimates", rows):
-            curve = pipeline.follow(directory, trajectory, split, names, None, pipeline.silent)
+            curve = pipeline.follow(directory, trajectory, split, names, None, pipeline.silent, None)
             get_reusable_executor().shutdown(wait=True)  # so that the workers' seconds are counted
         with timed("stages", rows):
             stages = pipeline.find_stages(curve, config)

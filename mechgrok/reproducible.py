@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mechgrok import seeds
+
 
 @contextmanager
 def reproducible(n_threads: int) -> Iterator[None]:
@@ -51,7 +53,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 @cache
 def onednn_keeps_float32() -> bool:
     """Whether oneDNN, allowed to use bfloat16, has float32's precision here, in products of several shapes."""
-    rng = torch.Generator().manual_seed(0)
+    rng = seeds.stream(0, "products")
     shapes = [((2048, 64), (64, 192)), ((96, 256), (256, 5000)), ((32, 64, 16), (32, 16, 64))]
     with matmul_precision("bfloat16"):
         for left, right in shapes:
