@@ -19,7 +19,6 @@ limit is far. A chain that diverged counts as wholly wrong, and as largest in th
 of infinite nbeta; for monomials in two variables the exact value at the nbeta that is sampled stands beside it.
 """
 
-import argparse
 import time
 import warnings
 from collections import defaultdict
@@ -33,7 +32,7 @@ from scipy.stats import spearmanr
 
 import mechgrok as mg
 from benchmarks.coverage import coverage_table
-from benchmarks.tables import written
+from benchmarks.tables import asked_target, written
 from mechgrok.llc.problem import make_problem
 from mechgrok.llc.step_size import allowed_step_size
 from mechgrok.reproducible import reproducible
@@ -207,9 +206,7 @@ def _method_for(case: Case) -> Method:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", help="also write the tables to this Markdown file")
-    target = parser.parse_args().write
+    target = asked_target()
     start = time.time()
     torch.set_num_threads(1)
     cases = learning_cases()

@@ -9,7 +9,6 @@ elsewhere devinterp's sgld at the same settings and the last checkpoint. It has 
 mala, a witness of sgld's kernel, then rejects nearly all steps.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ import torch
 
 import mechgrok as mg
 from benchmarks.small_models import attention_only, modular_addition, planted_sequences, sorting
-from benchmarks.tables import written
+from benchmarks.tables import asked_target, written
 from tests.truth import deep_linear_case
 
 
@@ -70,9 +69,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", help="also write the table to this Markdown file")
-    target = parser.parse_args().write
+    target = asked_target()
     start = time.time()
     torch.set_num_threads(1)
     models, train = modular_addition("modular-addition-quick", (30, 120, 400))

@@ -7,7 +7,6 @@ of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both
 a head moves all that the later layers' heads see, so its cost grows with their number.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from benchmarks.small_models import attention_only, planted_sequences
-from benchmarks.tables import written
+from benchmarks.tables import asked_target, written
 from mechgrok.llc.problem import GROUP
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.reproducible import matmul_precision
@@ -107,9 +106,7 @@ def row(n_heads: int, measured: tuple[float, float], layer: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", help="also write the tables to this Markdown file")
-    target = parser.parse_args().write
+    target = asked_target()
     start = time.time()
     torch.set_num_threads(1)
     rows = [row(n_heads, per_head(1, n_heads=n_heads), 1) for n_heads in (4, 8, 16, 32, 64)]

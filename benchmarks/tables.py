@@ -1,9 +1,17 @@
 """Tables of the benchmarks, as Markdown."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 Section = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # (title, column names, rows)
+
+
+def asked_target() -> str | None:
+    """The file that the command line asks to write the tables to, if any."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", help="also write the tables to this Markdown file")
+    return parser.parse_args().write
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -56,6 +56,8 @@ class LayerHeads(Blockwise):
         self.anchor = self.anchor if len(self._heads) > 1 else self.anchor[0]
         self._before = self._centred(own["W_O"])
         self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
+        self._readout, self._bias = self._net.readout(self._net.frozen)
+        self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory
@@ -81,10 +83,10 @@ class LayerHeads(Blockwise):
         }
         z = net.heads(layer, given.normalized, reads, biases, self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
-        norm, (readout, bias) = net.norm("ln_final", frozen), net.readout(frozen)
-        if self._ends_here:
+        norm, readout, bias = net.norm("ln_final", frozen), self._readout, self._bias
+        if self._before_readout is not None:
             scale = (self._square(z, out, given) / net.cfg.d_model + norm.eps).rsqrt() if norm.scaled else None
-            still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), torch.matmul(self._before, readout))
+            still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), self._before_readout)
             return low_rank_cross_entropy(z, torch.matmul(out, readout), scale, bias, still, targets, weights)
         resid = net.mlp(layer, torch.baddbmm(self._others(given).flatten(0, 1), z, out), frozen)
         for later in range(layer + 1, net.cfg.n_layers):
