@@ -44,6 +44,12 @@ class Analysis(Protocol):
         """Titled figures with the stages shaded."""
         ...
 
+    # A module may also have
+    #   prepare(model, split) -> facts: what is fixed from the final model;
+    #   derive(series, curve, facts, rng) -> arrays by name: what is made once of all checkpoints and knows no
+    #     stage; `conclude` finds it among the series, and the report in `derived`;
+    #   tables(report) -> {title: (column titles, rows of text)}.
+
 
 def load(name: str) -> Analysis:
     """The analysis module of that name. Raises AnalysisError for an unknown one."""
@@ -88,8 +94,11 @@ def run(name: str, study: Study) -> Report:
     ]
     steps = np.array(study.trajectory.steps)
     series = {key: np.array([np.asarray(row[key]) for row in rows]) for key in rows[0]}
-    claims = score(analysis, {"step": steps, **series}, study)
-    return Report(name, steps, series, claims, facts)
+    derive = getattr(analysis, "derive", None)
+    rng = np.random.default_rng(seeds.derive(study.config.seed, "derive", name))
+    derived = derive({"step": steps, **series}, study.curve, facts, rng) if derive else {}
+    claims = score(analysis, {"step": steps, **series, **derived}, study)
+    return Report(name, steps, series, claims, facts, derived)
 
 
 def score(analysis: Analysis, series: Series, study: Study) -> tuple[Claim, ...]:

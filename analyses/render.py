@@ -20,6 +20,7 @@ from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import MIN_POINTS, smooth, usable_points
 from mechgrok.types import Claim, Report, Stage, Study
 
+SHOWN_TOKENS = 64  # beyond, the widget is too large to look at
 PACKAGES = (
     "mechgrok",
     "torch",
@@ -64,6 +65,7 @@ def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
                 report.analysis: {
                     "claims": [{**vars(claim), "holds": claim.holds} for claim in report.claims],
                     "facts": report.facts,
+                    "derived": report.derived,
                     "steps": report.steps,
                     "series": report.series,
                 }
@@ -81,9 +83,11 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
     lines += _table(titles, [[row[key] for key in keys] for row in map(stage_row, study.stages)])
     lines += ["", health_note(study), "", bias_note(study)]
     marks = ", ".join(f"{name} {step}" for name, step in landmark_row(study).items())
-    lines += ["", f"Landmarks of the loss, for comparison: {marks}."]
+    lines += ["", f"Landmarks of the loss, for comparison: {marks}."] if marks else []
     for report in reports:
         lines += ["", f"## {report.analysis}", ""]
+        for title, (columns, rows) in tables_of(report).items():
+            lines += [f"{title}:", "", *_table(columns, rows), ""]
         columns = ("claim", "stage", "value", "threshold", "holds", "better than random stages")
         lines += _table(columns, [list(claim_row(claim).values()) for claim in report.claims])
     return "\n".join(lines) + "\n"
@@ -118,6 +122,7 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
                 "name": report.analysis,
                 "facts": {key: ", ".join(map(str, value)) for key, value in report.facts.items()},
                 "claims": [claim_row(claim) | {"holds": claim.holds} for claim in report.claims],
+                "tables": tables_of(report),
                 "figures": contract.load(report.analysis).plot(report, study),
             }
             for report in reports
@@ -172,10 +177,12 @@ def bias_note(study: Study) -> str:
     if not told.any():
         return "At no checkpoint is the bias of the step size told from 0 (half the step, extrapolated)."
     worst = int(np.argmax(np.where(told, np.abs(bias), 0)))
-    llc = study.curve.llc[study.curve.row("model")][worst]
+    assert study.curve.finer is not None  # or there were no bias
+    step = study.curve.finer.steps[worst]
+    llc = study.curve.llc[study.curve.row("model")][np.searchsorted(study.curve.steps, step)]
     return (
         f"The step size adds to the model's LLC at {int(told.sum())} of {len(bias)} checkpoints (half the step, "
-        f"extrapolated); most at step {study.curve.steps[worst]}: {bias[worst]:.3g} ± {error[worst]:.2g} of {llc:.3g}. "
+        f"extrapolated); most at step {step}: {bias[worst]:.3g} ± {error[worst]:.2g} of {llc:.3g}. "
         "It is in no error bar and in no number here; hollow points are without it."
     )
 
@@ -207,8 +214,19 @@ def claim_row(claim: Claim) -> dict[str, str]:
     }
 
 
+Tables = Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]]  # title -> column titles, rows
+
+
+def tables_of(report: Report) -> Tables:
+    """The tables that the report's analysis makes of it."""
+    make = getattr(contract.load(report.analysis), "tables", None)
+    return make(report) if make else {}
+
+
 def landmarks_of(study: Study) -> dict[str, float]:
-    """The landmarks of the loss, from the metrics that training kept."""
+    """The landmarks of the loss, from the metrics that training kept; none where no accuracy can reach 1."""
+    if study.task.name != "modular-addition":
+        return {}
     path = study.trajectory
     return landmarks(np.array(path.steps), path.column("train_accuracy"), path.column("test_accuracy"))
 
@@ -246,16 +264,18 @@ def _attention(study: Study) -> dict[str, Any]:
     from circuitsvis.utils.convert_props import convert_props
 
     model = study.trajectory.model_at(study.trajectory.steps[-1])
-    layer = model.cfg.n_layers - 1
-    tokens = study.split.test.tokens[:1]
-    _, cache = model.run_with_cache(tokens, names_filter=f"blocks.{layer}.attn.hook_pattern")
-    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0].detach().numpy()
+    tokens = study.split.test.tokens[:1, :SHOWN_TOKENS]
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
+    patterns = [cache["pattern", layer][0].detach().numpy() for layer in range(model.cfg.n_layers)]
     labels = [html.escape(study.split.labels[token]) for token in tokens[0].tolist()]
-    names = [f"L{layer}H{head}" for head in range(model.cfg.n_heads)]
+    names = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    pattern = np.concatenate(patterns).round(4)
     props = convert_props({"attention": pattern, "tokens": labels, "attentionHeadNames": names, "maskUpperTri": True})
     script = (resources.files(circuitsvis) / "dist/cdn/iife.js").read_text().replace("</script>", "")
+    whole = len(labels) == study.split.test.tokens.shape[1]
+    text = " ".join(study.split.labels[token] for token in tokens[0].tolist())
     return {
-        "example": " ".join(study.split.labels[token] for token in tokens[0].tolist()),
+        "example": f"the test example {text}" if whole else f"the first {len(labels)} tokens of a test example",
         "script": Markup(script),
         "props": Markup(props.replace("<", "\\u003c")),
     }

@@ -12,7 +12,7 @@ _HOME = {
     "load_config": "mechgrok.config",
     "preset_names": "mechgrok.config",
     "MechgrokError": "mechgrok.errors",
-    "Calibration": "mechgrok.types",
+    "Calibration": "mechgrok.calibration",
     "Claim": "mechgrok.types",
     "Component": "mechgrok.types",
     "Examples": "mechgrok.types",

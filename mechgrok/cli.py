@@ -98,8 +98,8 @@ def llc(run_dir: Run, workers: Workers = None, scheduler: Scheduler = None) -> N
         cells = zip(curve.llc[:, column], curve.std_error[:, column], marks, strict=True)
         table.add_row(str(step), *(f"{value:.2f} ± {error:.2f}{mark}" for value, error, mark in cells))
     out.print(table)
-    for (step, name, config), estimate in pipeline.doubtful_estimates(run_dir).items():
-        setting = f"localization {config.localization:g}, step size {config.step_size:g}"
+    for (data, step, name, config), estimate in pipeline.doubtful_estimates(run_dir).items():
+        setting = f"{data + ', ' if data else ''}localization {config.localization:g}, step size {config.step_size:g}"
         for mark, reasons in (("!", estimate.health.reasons), ("~", estimate.health.cautions)):
             if reasons:
                 out.print(f"{mark} {name} at step {step}, {setting}: {'; '.join(reasons)}", soft_wrap=True)

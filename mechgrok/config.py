@@ -12,40 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from mechgrok.errors import ConfigError
+from mechgrok.task_config import Fraction, Settings, TaskConfig
 
-MAX_P = 1000
 MEMORY_GB = 2.0
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
-
-
-class Settings(BaseModel):
-    """Frozen, no unknown keys, no NaN or infinity, no silent conversions between kinds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class ModularAdditionConfig(Settings):
-    """(a, b, =) -> (a + b) mod p. `split` says what stays on one side of train and test."""
-
-    name: Literal["modular-addition"]
-    p: PositiveInt
-    train_fraction: Fraction
-    split: Literal["unordered", "ordered"]
-
-    @model_validator(mode="after")
-    def _p_is_usable(self) -> Self:
-        if self.p < 5 or any(self.p % k == 0 for k in range(2, int(self.p**0.5) + 1)):
-            # An even p has a Nyquist row and a composite p has frequencies that do not tell all
-            # residues apart; the Fourier measures assume neither.
-            raise ValueError(f"p must be a prime of at least 5, got {self.p}; try {_next_prime(self.p)}")
-        if self.p > MAX_P:
-            raise ValueError(f"p must be at most {MAX_P}, as all p^2 pairs are used in every step, got {self.p}")
-        return self
 
 
 class ModelConfig(Settings):
@@ -63,14 +37,31 @@ class ModelConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """Full-batch AdamW. Weight decay is decoupled and multiplied by the learning rate, as in torch."""
+    """AdamW. Weight decay is decoupled and multiplied by the learning rate, as in torch.
+
+    batch_size: rows of a step, each drawn uniformly from the training examples; None: all of them, in every step.
+    max_grad_norm: gradients longer than this are shortened to it; None: never.
+    n_checkpoints: that many, evenly spaced on log(1 + step); or checkpoints: these steps.
+    """
 
     n_steps: PositiveInt
     learning_rate: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     betas: tuple[Fraction, Fraction]
-    n_checkpoints: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt | None = None
+    max_grad_norm: PositiveFloat | None = None
+    n_checkpoints: Annotated[int, Field(ge=2)] | None = None
+    checkpoints: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     n_threads: PositiveInt  # part of the config because the bits of a sum depend on it
+
+    @model_validator(mode="after")
+    def _checkpoints_are_told(self) -> Self:
+        if (self.n_checkpoints is None) == (self.checkpoints is None):
+            raise ValueError("give either n_checkpoints, how many, or checkpoints, the steps themselves")
+        steps = self.checkpoints
+        if steps is not None and (len(steps) < 2 or list(steps) != sorted(set(steps)) or steps[-1] != self.n_steps):
+            raise ValueError(f"checkpoints must increase, be two or more, and end at n_steps {self.n_steps}")
+        return self
 
 
 class LLCConfig(Settings):
@@ -132,13 +123,42 @@ class LLCConfig(Settings):
             raise ConfigError(f"LLCConfig: {_one_sentence(error)}") from None
 
 
+REFERENCE = "reference"  # the distribution whose targets a reference model has drawn
+
+
+class RefinementConfig(Settings):
+    """Components that are sampled on another distribution of the task too, at every `every`-th checkpoint.
+
+    The distribution "reference" holds training inputs with targets drawn from a shallower model, trained alike,
+    with `reference_layers` layers: the loss is then, up to a constant, the Kullback-Leibler divergence to it.
+    """
+
+    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    components: tuple[str, ...]
+    every: PositiveInt = 1
+    reference_layers: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _reference_is_told(self) -> Self:
+        if (self.distribution == REFERENCE) != (self.reference_layers is not None):
+            raise ValueError(f"reference_layers goes with the distribution {REFERENCE!r}, and it needs it")
+        return self
+
+
 class CurveConfig(Settings):
-    """Which components are followed, and the second localization under which signs must hold."""
+    """Which components are followed, and the second localization under which signs must hold.
+
+    n_examples: the sampled data are the first so many training examples; None: all.
+    checks_every: the model's controls (the other localization, half the step) at every so many checkpoints.
+    """
 
     components: tuple[str, ...]  # "heads" stands for every head of the model
     control_localization: PositiveFloat
     n_threads: PositiveInt  # torch threads of one unit of work
+    n_examples: PositiveInt | None = None
+    checks_every: PositiveInt = 1
     sampling: LLCConfig
+    refinements: tuple[RefinementConfig, ...] = ()
 
     @property
     def control(self) -> LLCConfig:
@@ -151,6 +171,9 @@ class CurveConfig(Settings):
             raise ValueError('components must hold "model": the stages are found from its curve')
         if self.control_localization == self.sampling.localization:
             raise ValueError("control_localization must differ from sampling.localization")
+        names = [refinement.distribution for refinement in self.refinements]
+        if len(set(names)) < len(names):
+            raise ValueError(f"refinements name a distribution twice: {', '.join(names)}")
         return self
 
 
@@ -175,7 +198,7 @@ class RunConfig(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)]
-    task: ModularAdditionConfig
+    task: TaskConfig
     model: ModelConfig
     train: TrainConfig
     llc: CurveConfig
@@ -187,6 +210,13 @@ class RunConfig(Settings):
         ratio = self.llc.control_localization / self.llc.sampling.localization
         curve = {"sampling": sampling, "control_localization": ratio * sampling.localization}
         return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
+
+    def as_reference(self, n_layers: int) -> "RunConfig":
+        """The same training of a model with so many layers, of which only the end is kept."""
+        train = self.train.model_copy(update={"n_checkpoints": None, "checkpoints": (0, self.train.n_steps)})
+        changes = {"name": f"{self.name}-reference", "model": self.model.model_copy(update={"n_layers": n_layers})}
+        curve = self.llc.model_copy(update={"components": ("model",), "refinements": ()})
+        return self.model_copy(update=changes | {"train": train, "llc": curve})
 
     def with_memory(self, memory_gb: float) -> "RunConfig":
         """The same experiment with another budget for the activations of one estimate."""
@@ -250,7 +280,9 @@ def parse_config(text: str, source: str) -> RunConfig:
 def _one_sentence(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "settings"
+        path = problem["loc"]
+        path = (*path[:1], *path[2:]) if path[:1] == ("task",) else path  # after "task" stands the kind of task
+        key = ".".join(str(part) for part in path) or "settings"
         if problem["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}; remove it or correct its spelling")
         elif problem["type"] == "missing":
@@ -261,13 +293,6 @@ def _one_sentence(error: ValidationError) -> str:
                 f"{key}: {message} (got {problem['input']!r})" if not key.startswith("settings") else message
             )
     return "; ".join(problems)
-
-
-def _next_prime(n: int) -> int:
-    candidate = max(n, 5)
-    while any(candidate % k == 0 for k in range(2, int(candidate**0.5) + 1)):
-        candidate += 1
-    return candidate
 
 
 def _tuples(value: Any) -> Any:
@@ -281,7 +306,7 @@ def _without_none(value: Any) -> Any:
     """TOML has no null: an absent key means the default, which is None wherever None is allowed."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mechgrok.config import ModelConfig
 from mechgrok.errors import CheckpointError, ConfigError
 from mechgrok.types import Examples, Split
 
+BLOCK = 2**23  # logits at once: 64 MB in float64
 FwdHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
@@ -101,10 +102,35 @@ def model_losses(model: HookedTransformer, tokens: Tensor, targets: Tensor, weig
 @torch.no_grad()
 def evaluate(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[FwdHook] = ()) -> tuple[float, float]:
     """Mean loss in nats, and the share of scored positions whose largest logit is the target."""
-    tokens, targets, weights = examples.tensors
-    logits = scored_logits(model, tokens, targets.shape[1], fwd_hooks)
-    correct = (logits.argmax(-1) == targets)[weights > 0]
-    return float(example_losses(logits, targets, weights).mean()), float(correct.double().mean())
+    losses, correct = [], []
+    for tokens, targets, weights in blocks(model, examples):
+        logits = scored_logits(model, tokens, targets.shape[1], fwd_hooks)
+        losses.append(example_losses(logits, targets, weights))
+        correct.append((logits.argmax(-1) == targets)[weights > 0])
+    return float(torch.cat(losses).mean()), float(torch.cat(correct).double().mean())
+
+
+def blocks(model: HookedTransformer, examples: Examples) -> Iterator[tuple[Tensor, ...]]:
+    """`examples.tensors` in blocks of at most BLOCK logits, so that any number of examples fits the memory."""
+    at_once = max(1, BLOCK // (examples.tensors[1].shape[1] * model.cfg.d_vocab_out))
+    return zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True)
+
+
+@torch.no_grad()
+def with_drawn_targets(model: HookedTransformer, examples: Examples, rng: torch.Generator) -> Examples:
+    """The same inputs with targets drawn from the model's own predictions.
+
+    On them another model's mean loss estimates E[KL(this model || other)] + this model's entropy.
+    """
+    targets = examples.targets.clone()
+    first = targets.shape[1] - examples.tensors[1].shape[1]
+    start = 0
+    for tokens, scored, _ in blocks(model, examples):
+        probabilities = scored_logits(model, tokens, scored.shape[1]).double().softmax(-1)
+        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=rng).view(scored.shape)
+        targets[start : start + len(tokens), first:] = drawn
+        start += len(tokens)
+    return Examples(examples.tokens, targets, examples.weights)
 
 
 def chance_loss(model: HookedTransformer) -> float:

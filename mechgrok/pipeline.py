@@ -5,24 +5,27 @@ on where it stopped and ends in the same bits. Analyses take the `Study` from he
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from joblib import cpu_count
 
+from mechgrok import seeds
+from mechgrok.calibration import Calibration
 from mechgrok.components import expand_names
-from mechgrok.config import RunConfig, load_config
-from mechgrok.errors import RunDirectoryError
+from mechgrok.config import REFERENCE, LLCConfig, RefinementConfig, RunConfig, load_config
+from mechgrok.errors import ConfigError, RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units, with_company
 from mechgrok.llc.problem import check_batch_size
-from mechgrok.model import build_model
+from mechgrok.model import build_model, with_drawn_targets
 from mechgrok.schedule import check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
 from mechgrok.train import load_trajectory, train
-from mechgrok.types import Calibration, LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
+from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
 
@@ -53,13 +56,15 @@ def run(
     config = load_config(source)
     split = make_split(config.task, config.seed)
     names = component_names(config, split)  # a name that the model lacks is refused before any work
-    check_batch_size(config.llc.sampling, len(split.train))
+    check_data(config, split)
     directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         trajectory = train(directory, split, lambda done, total: progress("training", done, total))
+        split = with_reference(directory, split, train)
         curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
         stages = find_stages(curve, config)
-        directory.write_netcdf("llc.nc", curve.to_dataset())
+        for name, part in {"llc": curve, **curve.refined}.items():
+            directory.write_netcdf(f"{name}.nc", part.to_dataset())
     return Study(config, split, trajectory, curve, stages)
 
 
@@ -84,25 +89,35 @@ def load_study(path: str | Path) -> Study:
     config = directory.config
     split = make_split(config.task, config.seed)
     trajectory = load_trajectory(directory, split)
+    split = with_reference(directory, split, load_trajectory)
     names = component_names(config, split)
-    units = curve_units(config, names, trajectory.steps)
-    found = stored_estimates(directory, units)
-    if len(found) < len(units):
+    plan = plan_units(config, names, split, trajectory.steps)
+    found = {data: stored_estimates(directory, units, data) for data, units in plan.items()}
+    done, total = sum(map(len, found.values())), sum(map(len, plan.values()))
+    if done < total:
         raise RunDirectoryError(
-            f"{directory.path} has {len(found)} of {len(units)} estimates; run `mechgrok run` again to finish it"
+            f"{directory.path} has {done} of {total} estimates; run `mechgrok run` again to finish it"
         )
-    curve = curve_of(found, config, names)
+    curve = curve_of(found, config, names, split)
     return Study(config, split, trajectory, curve, find_stages(curve, config))
 
 
-def doubtful_estimates(path: str | Path) -> dict[Unit, LLCEstimate]:
-    """Those estimates of a run with `health.reasons` against them, or `health.cautions`, which say what to change."""
+def doubtful_estimates(path: str | Path) -> dict[tuple[str, int, str, LLCConfig], LLCEstimate]:
+    """Those estimates of a run with `health.reasons` against them, or `health.cautions`, which say what to change.
+
+    By (distribution, step, component, settings).
+    """
     directory = RunDirectory.open(path)
     config = directory.config
     split = make_split(config.task, config.seed)
-    steps = load_trajectory(directory, split).steps
-    found = stored_estimates(directory, curve_units(config, component_names(config, split), steps))
-    return {unit: estimate for unit, estimate in found.items() if estimate.health.reasons or estimate.health.cautions}
+    plan = plan_units(config, component_names(config, split), split, load_trajectory(directory, split).steps)
+    found = [(data, stored_estimates(directory, units, data)) for data, units in plan.items()]
+    return {
+        (data, *unit): estimate
+        for data, estimates in found
+        for unit, estimate in estimates.items()
+        if estimate.health.reasons or estimate.health.cautions
+    }
 
 
 def calibrate_run(
@@ -126,7 +141,7 @@ def calibrate_run(
     own = config.llc.sampling
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
     found = calibrate(
-        load_trajectory(directory, split), split.train, seed=config.seed, components=components,
+        load_trajectory(directory, split), sampled_examples(config, split), seed=config.seed, components=components,
         n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress, **(kept | dict(changes)),
     )  # fmt: skip
     with directory.locked():
@@ -141,6 +156,42 @@ def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
     return expand_names(build_model(config.model, split, config.seed), config.llc.components)
 
 
+def check_data(config: RunConfig, split: Split) -> None:
+    """Raises ConfigError, before any work, for a batch larger than the data and for a distribution not there."""
+    check_batch_size(config.llc.sampling, len(sampled_examples(config, split)))
+    for refinement in config.llc.refinements:
+        expand_names(build_model(config.model, split, config.seed), refinement.components)
+        if refinement.distribution == REFERENCE:
+            continue
+        if refinement.distribution not in split.distributions:
+            raise ConfigError(
+                f"the task has no distribution {refinement.distribution!r} to refine the LLC with; "
+                f"it has {', '.join(split.distributions) or 'none'}"
+            )
+        check_batch_size(config.llc.sampling, len(split.distributions[refinement.distribution]))
+
+
+def sampled_examples(config: RunConfig, split: Split) -> Examples:
+    """The training examples that the chains draw their batches from."""
+    return split.train.first(config.llc.n_examples or len(split.train))
+
+
+def with_reference(directory: RunDirectory, split: Split, make: Callable[[RunDirectory, Split], Trajectory]) -> Split:
+    """The split with the distribution "reference", where one is asked for: targets that the reference model draws.
+
+    make: `train` or `load_trajectory`; the reference is a run of its own, inside the run directory.
+    """
+    config = directory.config
+    for refinement in config.llc.refinements:
+        if refinement.reference_layers is not None:
+            own = RunDirectory.create(directory.path / REFERENCE, config.as_reference(refinement.reference_layers))
+            model = make(own, split).model_at(config.train.n_steps)
+            rng = seeds.stream(config.seed, REFERENCE, "targets")
+            drawn = with_drawn_targets(model, sampled_examples(config, split), rng)
+            return replace(split, distributions={**split.distributions, REFERENCE: drawn})
+    return split
+
+
 def follow(
     directory: RunDirectory,
     trajectory: Trajectory,
@@ -150,18 +201,22 @@ def follow(
     progress: Progress,
     scheduler: str | None,
 ) -> LLCCurve:
-    """The LLC of every component at every checkpoint; the model's also as its controls are sampled."""
+    """The LLC of every component at every checkpoint, on the training data and on every refinement's."""
     config = directory.config
-    units = curve_units(config, names, trajectory.steps)
-    found = stored_estimates(directory, units)
-    missing = with_company(trajectory, units, [unit for unit in units if unit not in found])
+    plan = plan_units(config, names, split, trajectory.steps)
+    found = {data: stored_estimates(directory, units, data) for data, units in plan.items()}
+    total = sum(map(len, plan.values()))
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
-    work = estimate_units(trajectory, split.train, missing, config.seed, n_workers, config.llc.n_threads, scheduler)
-    for unit, estimate in work:
-        directory.write_estimate(unit[0], estimate)
-        found[unit] = estimate
-        progress("sampling", len(found), len(units))
-    return curve_of(found, config, names)
+    for data, units in plan.items():
+        missing = with_company(trajectory, units, [unit for unit in units if unit not in found[data]])
+        examples = split.distributions[data] if data else sampled_examples(config, split)
+        seed = seeds.derive(config.seed, "refined", data) if data else config.seed
+        work = estimate_units(trajectory, examples, missing, seed, n_workers, config.llc.n_threads, scheduler)
+        for unit, estimate in work:
+            directory.write_estimate(unit[0], estimate, data)
+            found[data][unit] = estimate
+            progress("sampling", sum(map(len, found.values())), total)
+    return curve_of(found, config, names, split)
 
 
 def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
@@ -174,21 +229,46 @@ def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
     return detect_stages(curve, config.stages, drop_unhealthy=True, seed=config.seed)
 
 
-def curve_units(config: RunConfig, names: Sequence[str], steps: Sequence[int]) -> list[Unit]:
-    """All units of work of a study, the dearest first: the model also at half the step and at the control."""
+def plan_units(config: RunConfig, names: Sequence[str], split: Split, steps: Sequence[int]) -> dict[str, list[Unit]]:
+    """All units of work of a study: {distribution: units}, "" for the training data.
+
+    There the dearest come first: the model also at half the step and at the control.
+    """
     sampling, control = config.llc.sampling, config.llc.control
-    whole = [(step, "model", setting) for setting in (sampling.halved(), sampling, control) for step in steps]
-    return whole + [(step, name, sampling) for name in names if name != "model" for step in steps]
+    checked = steps[:: config.llc.checks_every]
+    settings = ((sampling.halved(), checked), (sampling, steps), (control, checked))
+    whole = [(step, "model", setting) for setting, at in settings for step in at]
+    plan = {"": whole + [(step, name, sampling) for name in names if name != "model" for step in steps]}
+    for refinement in config.llc.refinements:
+        refined = refined_names(config, split, refinement)
+        plan[refinement.distribution] = [
+            (step, name, sampling) for name in refined for step in steps[:: refinement.every]
+        ]
+    return plan
 
 
-def stored_estimates(directory: RunDirectory, units: list[Unit]) -> dict[Unit, LLCEstimate]:
+def refined_names(config: RunConfig, split: Split, refinement: RefinementConfig) -> tuple[str, ...]:
+    """The components of a refinement, by name."""
+    return expand_names(build_model(config.model, split, config.seed), refinement.components)
+
+
+def stored_estimates(directory: RunDirectory, units: list[Unit], data: str) -> dict[Unit, LLCEstimate]:
     """The units that are done already."""
-    stored = {unit: directory.read_estimate(*unit) for unit in units}
+    stored = {unit: directory.read_estimate(*unit, data) for unit in units}
     return {unit: estimate for unit, estimate in stored.items() if estimate is not None}
 
 
-def curve_of(found: dict[Unit, LLCEstimate], config: RunConfig, names: Sequence[str]) -> LLCCurve:
-    """The curve of all components, with the whole model's at the control localization and at half the step."""
-    control = assemble_curve(found, ["model"], config.llc.control)
-    finer = assemble_curve(found, ["model"], config.llc.sampling.halved())
-    return assemble_curve(found, names, config.llc.sampling, control, finer)
+def curve_of(
+    found: Mapping[str, dict[Unit, LLCEstimate]], config: RunConfig, names: Sequence[str], split: Split
+) -> LLCCurve:
+    """The curve of all components, with the model's controls and the curves on other distributions."""
+    sampling, own = config.llc.sampling, found[""]
+    control = assemble_curve(own, ["model"], config.llc.control)
+    finer = assemble_curve(own, ["model"], sampling.halved())
+    refined = {
+        refinement.distribution: assemble_curve(
+            found[refinement.distribution], refined_names(config, split, refinement), sampling
+        )
+        for refinement in config.llc.refinements
+    }
+    return assemble_curve(own, names, sampling, control, finer, refined)

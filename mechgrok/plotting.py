@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mechgrok.types import Calibration, LLCCurve, Stage, Trajectory, Trial
+from mechgrok.calibration import Calibration, Trial
+from mechgrok.types import LLCCurve, Stage, Trajectory
 
 INK = "#1f3b57"
 STAGE_COLORS = {"rising": "#f3d9b1", "falling": "#cfe3d4", "plateau": "#ececec"}
@@ -68,10 +69,11 @@ def llc_figure(
         developmental_axis(ax, stages, f"LLC of the model{gamma}")
     if curve.finer is not None:
         mine, other = curve.row("model"), curve.finer.row("model")
-        at = 2 * curve.finer.llc[other] - curve.llc[mine]
-        error = np.hypot(2 * curve.finer.std_error[other], curve.std_error[mine])
+        shared = np.searchsorted(curve.steps, curve.finer.steps)
+        at = 2 * curve.finer.llc[other] - curve.llc[mine][shared]
+        error = np.hypot(2 * curve.finer.std_error[other], curve.std_error[mine][shared])
         style: dict[str, Any] = {"fmt": "o", "color": INK, "mfc": "none", "alpha": 0.5, "markersize": 4, "lw": 1}
-        axes[0].errorbar(curve.steps, at, 1.96 * error, label="extrapolated to step size 0", **style)
+        axes[0].errorbar(curve.finer.steps, at, 1.96 * error, label="extrapolated to step size 0", **style)
         axes[0].legend(frameon=False, fontsize=8)
     return fig
 

@@ -6,7 +6,9 @@
     llc/localization-<gamma>-step-size-<epsilon>/<component>/step-00000100.safetensors   losses [chain, draw];
                                     metadata: the estimate
     calibration.json  calibration.svg  calibrated.toml
-    llc.nc  report.json  report.md  report.html
+    refined/<distribution>/localization-...   the same on other data
+    reference/                      the run of the reference model, where one is asked for
+    llc.nc  <distribution>.nc  report.json  report.md  report.html
 
 The SHA-256 in a file's metadata covers its tensors and its other metadata, so a file that was cut or
 altered is refused with its name rather than read.
@@ -31,9 +33,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mechgrok.calibration import Calibration, Trial
 from mechgrok.config import LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
-from mechgrok.types import Calibration, ChainHealth, CheckpointMetrics, LLCEstimate, Trial
+from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
 
 CONFIG = "config.toml"
 
@@ -140,23 +143,25 @@ class RunDirectory:
 
     # ---- estimates
 
-    def write_estimate(self, step: int, estimate: LLCEstimate) -> None:
+    def write_estimate(self, step: int, estimate: LLCEstimate, data: str = "") -> None:
+        """data: the distribution it was sampled on, "" for the training data."""
         losses = torch.from_numpy(np.ascontiguousarray(estimate.losses))
         record = {k: v for k, v in asdict(estimate).items() if k not in ("losses", "config")}
         self._write_tensors(
-            self._estimate(step, estimate.component, estimate.config),
+            self._estimate(step, estimate.component, estimate.config, data),
             {"losses": losses},
-            {"estimate": record, "step": step, "sampling": estimate.config.model_dump()},
+            {"estimate": record, "step": step, "data": data, "sampling": estimate.config.model_dump()},
         )
 
-    def read_estimate(self, step: int, component: str, config: LLCConfig) -> LLCEstimate | None:
+    def read_estimate(self, step: int, component: str, config: LLCConfig, data: str = "") -> LLCEstimate | None:
         """The stored estimate, None if this unit of work has not ended yet."""
-        path = self._estimate(step, component, config)
+        path = self._estimate(step, component, config, data)
         if not path.exists():
             return None
         tensors, metadata = self._read_tensors(path)
         record = metadata["estimate"]
-        if metadata["sampling"] != config.model_dump() or record["component"] != component or metadata["step"] != step:
+        told = (metadata["sampling"], record["component"], metadata["step"], metadata["data"])
+        if told != (config.model_dump(), component, step, data):
             raise CheckpointError(f"{path} holds another estimate than its name says; {_REMEDY}")
         record["health"]["reasons"] = tuple(record["health"]["reasons"])
         health = ChainHealth(**record.pop("health"))
@@ -167,9 +172,10 @@ class RunDirectory:
     def _checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
 
-    def _estimate(self, step: int, component: str, config: LLCConfig) -> Path:
+    def _estimate(self, step: int, component: str, config: LLCConfig, data: str) -> Path:
         setting = f"localization-{config.localization!r}-step-size-{config.step_size!r}"
-        return self.path / "llc" / setting / component / f"step-{step:08d}.safetensors"
+        root = self.path / "refined" / data if data else self.path / "llc"
+        return root / setting / component / f"step-{step:08d}.safetensors"
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         # One metadata key alone: safetensors writes several in no fixed order, and equal runs should be equal files.

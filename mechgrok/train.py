@@ -1,4 +1,4 @@
-"""Task and config to a Trajectory: full-batch AdamW, checkpoints on a log scale, resumable at each."""
+"""Task and config to a Trajectory: AdamW, checkpoints at given steps or on a log scale, resumable at each."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
+from mechgrok import seeds
+from mechgrok.config import TrainConfig
 from mechgrok.errors import ConfigError
 from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
 from mechgrok.reproducible import matmul_precision, reproducible
@@ -15,6 +17,14 @@ from mechgrok.store import RunDirectory
 from mechgrok.types import CheckpointMetrics, Split, Trajectory
 
 Progress = Callable[[int, int], None]  # (done, total)
+
+
+def planned_steps(config: TrainConfig) -> tuple[int, ...]:
+    """The steps at which checkpoints are kept."""
+    if config.checkpoints is not None:
+        return config.checkpoints
+    assert config.n_checkpoints is not None  # the config has one or the other
+    return checkpoint_steps(config.n_steps, config.n_checkpoints)
 
 
 def checkpoint_steps(n_steps: int, n_checkpoints: int) -> tuple[int, ...]:
@@ -34,12 +44,12 @@ def checkpoint_steps(n_steps: int, n_checkpoints: int) -> tuple[int, ...]:
 def train(run: RunDirectory, split: Split, progress: Progress = lambda done, total: None) -> Trajectory:
     """Train, or finish training, the model of `run`, and return its trajectory.
 
-    The loss is the mean over the training examples, in float64. The state of the optimizer is
-    written with each checkpoint, and steps are deterministic, so a killed run goes on from the last
-    checkpoint to the same bits.
+    The loss is the mean over the batch, in float64; the batch of a step is drawn with replacement from the
+    stream (seed, "batch", step). The state of the optimizer is written with each checkpoint, and steps are
+    deterministic, so a killed run goes on from the last checkpoint to the same bits.
     """
     config = run.config
-    steps = checkpoint_steps(config.train.n_steps, config.train.n_checkpoints)
+    steps = planned_steps(config.train)
     if not all(run.has_checkpoint(step) for step in steps):
         with reproducible(config.train.n_threads), matmul_precision("float32"):
             _train_to_the_end(run, split, steps, progress)
@@ -48,7 +58,7 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
 
 def load_trajectory(run: RunDirectory, split: Split) -> Trajectory:
     """The trajectory of a trained run. Raises CheckpointError if a checkpoint is missing or damaged."""
-    steps = checkpoint_steps(run.config.train.n_steps, run.config.train.n_checkpoints)
+    steps = planned_steps(run.config.train)
     metrics = tuple(run.read_checkpoint(step)[1] for step in steps)
     return Trajectory(run.config, metrics, partial(_load_model, run, split))
 
@@ -59,6 +69,7 @@ def _load_model(run: RunDirectory, split: Split, step: int) -> HookedTransformer
 
 def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], progress: Progress) -> None:
     config = run.config.train
+    columns = split.train.tensors
     model = build_model(run.config.model, split, run.config.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
@@ -66,20 +77,29 @@ def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], p
     resumed = _restore(run, model, optimizer, steps)
     for step in range(resumed or 0, config.n_steps + 1):
         if step in steps and not (step == resumed and run.has_checkpoint(step)):
-            metrics = _metrics(model, split, step)
+            metrics = _metrics(model, split, step, config.batch_size is None)
             if not math.isfinite(metrics.train_loss):
                 raise ConfigError(f"training diverged by step {step}: lower train.learning_rate and start a new run")
             run.write_checkpoint(dict(model.named_parameters()), metrics)
             run.write_training_state(step, _state_tensors(model, optimizer))
             progress(step, config.n_steps)
         if step < config.n_steps:
+            batch = columns
+            if config.batch_size is not None:
+                rng = seeds.stream(run.config.seed, "batch", step)
+                rows = torch.randint(len(split.train), (config.batch_size,), generator=rng)
+                batch = (columns[0][rows], columns[1][rows], columns[2][rows])
             optimizer.zero_grad()
-            model_losses(model, *split.train.tensors).mean().backward()
+            model_losses(model, *batch).mean().backward()
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
 
 
-def _metrics(model: HookedTransformer, split: Split, step: int) -> CheckpointMetrics:
-    (train_loss, train_accuracy), (test_loss, test_accuracy) = evaluate(model, split.train), evaluate(model, split.test)
+def _metrics(model: HookedTransformer, split: Split, step: int, whole: bool) -> CheckpointMetrics:
+    """On all training examples, or, as that is dear where they are many, on as many as there are test examples."""
+    seen = split.train if whole else split.train.first(len(split.test))
+    (train_loss, train_accuracy), (test_loss, test_accuracy) = evaluate(model, seen), evaluate(model, split.test)
     return CheckpointMetrics(step, train_loss, test_loss, train_accuracy, test_accuracy)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechgrok.config import LLCConfig, ModularAdditionConfig, RunConfig
+from mechgrok.config import LLCConfig, RunConfig
 from mechgrok.errors import ComponentError, ShapeError
+from mechgrok.task_config import TaskConfig
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,6 +60,10 @@ class Examples:
         first = int((self.weights > 0).any(0).nonzero()[0])
         return self.tokens, self.targets[:, first:], self.weights[:, first:]
 
+    def first(self, n: int) -> "Examples":
+        """The first n examples, or all if there are fewer."""
+        return Examples(self.tokens[:n], self.targets[:n], self.weights[:n])
+
     def __add__(self, other: "Examples") -> "Examples":
         return Examples(
             torch.cat([self.tokens, other.tokens]),
@@ -69,12 +74,29 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a task; `labels` are the printable names of its tokens."""
+    """The examples of a task; `labels` are the printable names of its tokens.
+
+    distributions: other data by name, for data-refined LLCs. bos: the token that every row begins with.
+    plain: tokens that random sequences may be made of; empty for all. kinds: Int[example, pos] of `test`,
+    what made each target, as an index of `kind_names`, where the task knows it. language: the planted
+    truth, where there is one.
+    """
 
     train: Examples
     test: Examples
     labels: tuple[str, ...]
     n_classes: int
+    distributions: Mapping[str, Examples] = field(default_factory=dict)
+    bos: int | None = None
+    plain: tuple[int, ...] = ()
+    kinds: Tensor | None = None
+    kind_names: tuple[str, ...] = ()
+    language: Any = None
+
+    def __post_init__(self) -> None:
+        if self.kinds is not None:
+            got, expected = tuple(self.kinds.shape), tuple(self.test.tokens.shape)
+            _expect(got == expected, f"kinds must have the shape of the test tokens {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +230,8 @@ class LLCCurve:
 
     init_loss: Float[checkpoint], the loss at each checkpoint, if known. control: the model's curve
     under another localization; it is never drawn on this one's axis. finer: the model's curve at half
-    the step size, which tells the bias of this one.
+    the step size, which tells the bias of this one. Both may have fewer checkpoints. refined: curves sampled
+    on other distributions, by name, maybe of fewer components and checkpoints.
     """
 
     steps: np.ndarray
@@ -221,18 +244,20 @@ class LLCCurve:
     config: LLCConfig | None = None
     control: "LLCCurve | None" = None
     finer: "LLCCurve | None" = None
+    refined: "Mapping[str, LLCCurve]" = field(default_factory=dict)
 
     @property
     def bias(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the step size adds to the model's LLC, with its standard error, Float[checkpoint] each.
+        """What the step size adds to the model's LLC, with its standard error, at the steps of `finer`.
 
         2 (llc - finer.llc), as in `llc.bias`; None where there is no finer curve.
         """
         if self.finer is None:
             return None
         mine, other = self.row("model"), self.finer.row("model")
-        error = np.hypot(self.std_error[mine], self.finer.std_error[other])
-        return 2 * (self.llc[mine] - self.finer.llc[other]), 2 * error
+        shared = np.searchsorted(self.steps, self.finer.steps)
+        error = np.hypot(self.std_error[mine][shared], self.finer.std_error[other])
+        return 2 * (self.llc[mine][shared] - self.finer.llc[other]), 2 * error
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -272,44 +297,6 @@ class LLCCurve:
             attrs={k: v for k, v in self.config.model_dump().items() if v is not None} if self.config else {},
         )
         return data if self.init_loss is None else data.assign(init_loss=("checkpoint", self.init_loss))
-
-
-Cell = tuple[float, float]  # (nbeta, localization)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One estimate of a sweep: at which checkpoint, and what came out. Its settings are estimate.config."""
-
-    step: int
-    estimate: LLCEstimate
-
-    @property
-    def rise(self) -> float:
-        """By how much the sampled loss lies above that at w*, nats; NaN if no chain stayed finite."""
-        finite = np.isfinite(self.estimate.losses).all(axis=1)
-        return float(self.estimate.losses[finite].mean() - self.estimate.init_loss) if finite.any() else float("nan")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A recommended setting, why, and everything it was read from.
-
-    sound: whether all that is asked of a setting holds for this one; `reasons` say what does not.
-    sensitivity: (nbeta, localization) -> |d log llc / d log nbeta|, NaN where unusable.
-    grid, steps: the sweeps. final, control: the recommended setting, and the same with nbeta = 0.
-    acceptance: of mala at the recommended step size, None where it was too dear.
-    """
-
-    recommended: LLCConfig
-    sound: bool
-    reasons: tuple[str, ...]
-    sensitivity: Mapping[Cell, float]
-    grid: tuple[Trial, ...]
-    steps: tuple[Trial, ...]
-    final: tuple[Trial, ...]
-    control: tuple[Trial, ...]
-    acceptance: float | None
 
 
 Direction = Literal["rising", "falling", "plateau"]
@@ -358,13 +345,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """What an analysis found: series [checkpoint, ...] on `steps`, and claims scored against chance."""
+    """What an analysis found: series [checkpoint, ...] on `steps`, and claims scored against chance.
+
+    derived: what was made of all checkpoints together.
+    """
 
     analysis: str
     steps: np.ndarray
     series: Mapping[str, np.ndarray]
     claims: tuple[Claim, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # e.g. the key frequencies
+    derived: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, values in self.series.items():
@@ -382,6 +373,6 @@ class Study:
     stages: tuple[Stage, ...]
 
     @property
-    def task(self) -> ModularAdditionConfig:
+    def task(self) -> TaskConfig:
         """The task's settings."""
         return self.config.task

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
-    {"types", "errors", "seeds", "config", "reproducible"},
+    {"types", "calibration", "errors", "seeds", "task_config", "config", "reproducible"},
     {"tasks", "model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
     {"replicas"},
     {"train", "measures", "llc"},

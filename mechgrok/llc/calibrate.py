@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mechgrok import seeds
+from mechgrok.calibration import Calibration, Cell, Trial
 from mechgrok.config import LLCConfig, SamplerName
 from mechgrok.errors import ConfigError
 from mechgrok.llc.estimate import estimate_problem
@@ -34,7 +35,7 @@ from mechgrok.reproducible import reproducible
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.potential import LossFn
 from mechgrok.sampling.samplers import SAMPLERS
-from mechgrok.types import Calibration, Cell, LLCEstimate, Trajectory, Trial
+from mechgrok.types import LLCEstimate, Trajectory
 
 Progress = Callable[[str, int, int], None]
 

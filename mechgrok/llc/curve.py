@@ -114,6 +114,7 @@ def assemble_curve(
     config: LLCConfig,
     control: LLCCurve | None = None,
     finer: LLCCurve | None = None,
+    refined: Mapping[str, LLCCurve] | None = None,
 ) -> LLCCurve:
     """A curve from the estimates of all its units. Raises ShapeError if there are none."""
     steps = sorted({step for step, _, at in found if at == config})
@@ -134,6 +135,7 @@ def assemble_curve(
         config=config,
         control=control,
         finer=finer,
+        refined=refined or {},
     )
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 GROUP = 16
-BLOCK = 2**23  # logits of the baseline at once: 64 MB in float64
 ComponentLike = str | Component | Mapping[str, Tensor | None] | None
 Data = Examples | Sequence[Tensor]
 
@@ -140,7 +139,7 @@ def _hooked(
 
     from mechgrok.canonical import canonicalize
     from mechgrok.components import component as named
-    from mechgrok.model import chance_loss, model_losses
+    from mechgrok.model import blocks, chance_loss, model_losses
 
     if not isinstance(model, HookedTransformer):
         raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
@@ -157,9 +156,7 @@ def _hooked(
     if device != "cpu":
         examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
     with torch.no_grad():
-        at_once = max(1, BLOCK // (examples.tensors[1].shape[1] * model.cfg.d_vocab_out))
-        blocks = zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True)
-        init_losses = torch.cat([model_losses(model, *block) for block in blocks]).double().cpu()
+        init_losses = torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu()
     potential = _potential(model, examples, components, memory)
     chance = chance_loss(model) if chance is None else chance
     return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)

@@ -1,10 +1,12 @@
 """One file per task. A task turns its config and a seed into a `Split` of `Examples`."""
 
-from mechgrok.config import ModularAdditionConfig
-from mechgrok.tasks import modular_addition
+from mechgrok.task_config import ModularAdditionConfig, TaskConfig
+from mechgrok.tasks import modular_addition, planted_language
 from mechgrok.types import Split
 
 
-def make_split(config: ModularAdditionConfig, seed: int) -> Split:
+def make_split(config: TaskConfig, seed: int) -> Split:
     """The train and test examples of the task that `config` names."""
-    return modular_addition.make_split(config, seed)
+    if isinstance(config, ModularAdditionConfig):
+        return modular_addition.make_split(config, seed)
+    return planted_language.make_split(config, seed)

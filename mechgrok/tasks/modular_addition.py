@@ -8,8 +8,8 @@ test accuracy then measures the leak, not the rule (Nanda et al. 2301.05217 spli
 import torch
 
 from mechgrok import seeds
-from mechgrok.config import ModularAdditionConfig
 from mechgrok.errors import ConfigError
+from mechgrok.task_config import ModularAdditionConfig
 from mechgrok.types import Examples, Split
 
 

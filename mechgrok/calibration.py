@@ -1,0 +1,46 @@
+"""The records of a calibration: what was tried, what is recommended, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechgrok.config import LLCConfig
+from mechgrok.types import LLCEstimate
+
+Cell = tuple[float, float]  # (nbeta, localization)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One estimate of a sweep: at which checkpoint, and what came out. Its settings are estimate.config."""
+
+    step: int
+    estimate: LLCEstimate
+
+    @property
+    def rise(self) -> float:
+        """By how much the sampled loss lies above that at w*, nats; NaN if no chain stayed finite."""
+        finite = np.isfinite(self.estimate.losses).all(axis=1)
+        return float(self.estimate.losses[finite].mean() - self.estimate.init_loss) if finite.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A recommended setting, why, and everything it was read from.
+
+    sound: whether all that is asked of a setting holds for this one; `reasons` say what does not.
+    sensitivity: (nbeta, localization) -> |d log llc / d log nbeta|, NaN where unusable.
+    grid, steps: the sweeps. final, control: the recommended setting, and the same with nbeta = 0.
+    acceptance: of mala at the recommended step size, None where it was too dear.
+    """
+
+    recommended: LLCConfig
+    sound: bool
+    reasons: tuple[str, ...]
+    sensitivity: Mapping[Cell, float]
+    grid: tuple[Trial, ...]
+    steps: tuple[Trial, ...]
+    final: tuple[Trial, ...]
+    control: tuple[Trial, ...]
+    acceptance: float | None

@@ -1,0 +1,215 @@
+"""A language whose every regularity is known: bigrams, n-grams, skip n-grams, brackets and repeated segments.
+
+Every row begins with BOS. The next token is decided by the first of these that applies:
+
+    n-gram    the rest of a planted n-gram that has begun
+    repeat    the rest of a copy of an earlier segment that has begun; it ends before a token that is not plain
+    skip      after the skip closer "e": g(s), where s is the last skip opener
+    a draw    with its rate, the start of an n-gram or of a copy, an opening bracket, the bracket that closes
+              the last one open, a skip opener, the skip closer; else a token of the bigram chain
+
+so each position has a `kind`: what made it. The bigram chain gives `n_successors` plain tokens to each token
+with probabilities falling as 1/rank, and with `noise` any plain token. Tables are drawn from the stream
+(seed, "language"), rows from (seed, "rows", distribution, side). The mechanisms follow the stages that
+Hoogland et al. 2024 (arXiv:2402.02364) and Wang et al. 2024 (arXiv:2410.02984) saw in language; the generator is ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mechgrok import seeds
+from mechgrok.task_config import MechanismRates, PlantedLanguageConfig
+from mechgrok.types import Examples, Split
+
+KINDS = ("bigram", "free", "ngram", "skip", "repeat", "close")
+BIGRAM, FREE, NGRAM, SKIP, REPEAT, CLOSE = range(len(KINDS))
+BOS = 0
+MAX_DEPTH = 4  # of brackets
+PREFIX = 2  # tokens of an n-gram that come before it can be known
+
+
+@dataclass(frozen=True)
+class Language:
+    """The tables. openers, closers: brackets in pairs; skips: s of "s ... e -> g(s)"; plain: all other tokens.
+
+    chain: Float[token, token], rows sum to 1. ngrams: Int[ngram, length]. skip_targets: Int[skip], g of each s.
+    """
+
+    openers: np.ndarray
+    closers: np.ndarray
+    skips: np.ndarray
+    skip_closer: int
+    plain: np.ndarray
+    chain: np.ndarray
+    ngrams: np.ndarray
+    skip_targets: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.chain)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What to print for each token."""
+        names = {BOS: "BOS", self.skip_closer: "e"}
+        brackets = zip(self.openers, self.closers, ("()", "[]", "{}", "<>"), strict=False)
+        names |= {int(token): text for pair in brackets for token, text in zip(pair[:2], pair[2], strict=True)}
+        names |= {int(token): f"s{i}" for i, token in enumerate(self.skips)}
+        names |= {int(token): f"w{i}" for i, token in enumerate(self.plain)}
+        return tuple(names[token] for token in range(self.n_tokens))
+
+
+def make_split(config: PlantedLanguageConfig, seed: int) -> Split:
+    """Train and test rows at the configured rates, and test-sized rows of every other named distribution."""
+    language = make_language(config, seed)
+
+    def rows(n: int, rates: MechanismRates, *names: str) -> tuple[Examples, np.ndarray]:
+        rng = np.random.default_rng(seeds.derive(seed, "rows", *names))
+        tokens, kinds = sample_rows(language, rates, n, config.n_ctx + 1, rng)
+        return next_token_examples(tokens), kinds[:, 1:]
+
+    train, _ = rows(config.n_train, config.rates, "train")
+    test, kinds = rows(config.n_test, config.rates, "test")
+    return Split(
+        train=train,
+        test=test,
+        labels=language.labels,
+        n_classes=language.n_tokens,
+        distributions={name: rows(config.n_refined, rates, name)[0] for name, rates in config.distributions.items()},
+        bos=BOS,
+        plain=tuple(int(token) for token in language.plain),
+        kinds=torch.from_numpy(kinds),
+        kind_names=KINDS,
+        language=language,
+    )
+
+
+def next_token_examples(tokens: np.ndarray) -> Examples:
+    """Every token but the last, each with the next one as its target: Int[row, pos + 1] -> [row, pos]."""
+    rows = torch.from_numpy(tokens)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return Examples(inputs, targets, torch.ones(inputs.shape))
+
+
+def make_language(config: PlantedLanguageConfig, seed: int) -> Language:
+    """The tables that the settings and the seed give."""
+    rng = np.random.default_rng(seeds.derive(seed, "language"))
+    first_closer = 1 + config.n_brackets
+    first_skip = first_closer + config.n_brackets
+    skip_closer = first_skip + config.n_skips
+    plain = np.arange(skip_closer + 1, skip_closer + 1 + config.n_plain)
+    n_tokens = int(plain[-1]) + 1
+    chain = np.zeros((n_tokens, n_tokens))
+    chain[:, plain] = config.noise / len(plain)
+    falling = 1 / np.arange(1, config.n_successors + 1)
+    for token in range(n_tokens):
+        successors = rng.choice(plain, config.n_successors, replace=False)
+        chain[token, successors] += (1 - config.noise) * falling / falling.sum()
+    return Language(
+        openers=np.arange(1, first_closer),
+        closers=np.arange(first_closer, first_skip),
+        skips=np.arange(first_skip, skip_closer),
+        skip_closer=skip_closer,
+        plain=plain,
+        chain=chain,
+        ngrams=_ngrams(config, plain, rng),
+        skip_targets=rng.choice(plain, config.n_skips, replace=False),
+    )
+
+
+def _ngrams(config: PlantedLanguageConfig, plain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """N-grams in which every two neighbours occur once: two tokens of one tell the rest."""
+    chosen: list[np.ndarray] = []
+    pairs: set[tuple[int, int]] = set()
+    while len(chosen) < config.n_ngrams:
+        ngram = rng.choice(plain, config.ngram_length, replace=False)
+        own = {(int(a), int(b)) for a, b in zip(ngram, ngram[1:], strict=False)}
+        if not own & pairs:
+            chosen.append(ngram)
+            pairs |= own
+    return np.array(chosen)
+
+
+def sample_rows(
+    language: Language, rates: MechanismRates, n: int, length: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, kinds): Int[n, length] each; the first token of a row is BOS.
+
+    All rows advance together, one position at a time.
+    """
+    rows = np.arange(n)
+    tokens, kinds = np.full((n, length), BOS), np.full((n, length), FREE)
+    cumulative = language.chain.cumsum(1)
+    is_plain = np.isin(np.arange(language.n_tokens), language.plain)
+    ngram, ngram_at = np.zeros(n, int), np.zeros(n, int)  # which n-gram, and its next token; 0: none has begun
+    source, copied, left = np.zeros(n, int), np.zeros(n, int), np.zeros(n, int)  # of a copy
+    stack, depth = np.zeros((n, MAX_DEPTH), int), np.zeros(n, int)
+    last_skip = np.full(n, -1)
+    for t in range(1, length):
+        previous = tokens[:, t - 1]
+        token = (rng.random(n)[:, None] >= cumulative[previous]).sum(1).clip(max=language.n_tokens - 1)
+        kind = np.full(n, BIGRAM)
+        draw, which = rng.random(n), rng.random(n)
+        n_copied = rng.integers(rates.repeat_length[0], rates.repeat_length[1] + 1, n)
+        start = 1 + (which * np.maximum(t - n_copied, 1)).astype(int)
+
+        in_ngram = ngram_at > 0
+        in_copy = ~in_ngram & (left > 0) & is_plain[tokens[rows, source]]
+        left[~in_copy] = 0
+        after_closer = ~in_ngram & ~in_copy & (previous == language.skip_closer)
+        free = ~in_ngram & ~in_copy & ~after_closer
+        starts = _events(draw, free, rates, can_copy=t > rates.repeat_length[1], depth=depth, last_skip=last_skip)
+
+        for mask, value in (
+            (starts["open"], language.openers[(which * len(language.openers)).astype(int)]),
+            (starts["skip_open"], language.skips[(which * len(language.skips)).astype(int)]),
+            (starts["skip_close"], np.full(n, language.skip_closer)),
+            (starts["ngram"], language.ngrams[(which * len(language.ngrams)).astype(int), 0]),
+        ):
+            token[mask], kind[mask] = value[mask], FREE
+        begun = starts["ngram"]
+        ngram[begun], ngram_at[begun] = (which[begun] * len(language.ngrams)).astype(int), 0
+        copying = starts["repeat"] & is_plain[tokens[rows, start]]
+        source[copying], left[copying], copied[copying] = start[copying], n_copied[copying], 0
+        copies = in_copy | copying
+        token[copies] = tokens[rows, source][copies]
+        kind[copies] = np.where(copied[copies] >= PREFIX, REPEAT, FREE)
+        token[in_ngram] = language.ngrams[ngram, ngram_at][in_ngram]
+        kind[in_ngram] = np.where(ngram_at[in_ngram] >= PREFIX, NGRAM, FREE)
+        closing = starts["close"]
+        token[closing] = language.closers[stack[rows, depth - 1]][closing]
+        kind[closing] = CLOSE
+        token[after_closer] = language.skip_targets[last_skip - language.skips[0]][after_closer]
+        kind[after_closer] = SKIP
+
+        opening = starts["open"]
+        stack[opening, depth[opening]] = token[opening] - language.openers[0]
+        depth += opening.astype(int) - closing
+        last_skip[starts["skip_open"]] = token[starts["skip_open"]]
+        source, copied, left = source + copies, copied + copies, left - copies
+        ngram_at = np.where(in_ngram | begun, (ngram_at + 1) % language.ngrams.shape[1], 0)
+        tokens[:, t], kinds[:, t] = token, kind
+    return tokens, kinds
+
+
+def _events(
+    draw: np.ndarray, free: np.ndarray, rates: MechanismRates, can_copy: bool, depth: np.ndarray, last_skip: np.ndarray
+) -> Mapping[str, np.ndarray]:
+    """Which rows begin what: {event: bool[row]}, at most one for each row; what cannot begin yet gives a bigram."""
+    possible = {
+        "ngram": free,
+        "repeat": free & can_copy,
+        "open": free & (depth < MAX_DEPTH),
+        "close": free & (depth > 0),
+        "skip_open": free,
+        "skip_close": free & (last_skip >= 0),
+    }
+    found, low = {}, 0.0
+    for event, mask in possible.items():
+        high = low + getattr(rates, event)
+        found[event] = mask & (draw >= low) & (draw < high)
+        low = high
+    return found
