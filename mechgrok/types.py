@@ -75,6 +75,7 @@ class Split:
     test: Examples
     labels: tuple[str, ...]
     n_classes: int
+    distributions: Mapping[str, Examples] = field(default_factory=dict)  # named sub-distributions
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ class LLCCurve:
     config: LLCConfig | None = None
     control: "LLCCurve | None" = None
     finer: "LLCCurve | None" = None
+    refined: "Mapping[str, LLCCurve]" = field(default_factory=dict)  # distribution -> the curve sampled on it
 
     @property
     def bias(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -365,6 +367,7 @@ class Report:
     series: Mapping[str, np.ndarray]
     claims: tuple[Claim, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # e.g. the key frequencies
+    derived: Mapping[str, Any] = field(default_factory=dict)  # what `derive` found, of all checkpoints at once
 
     def __post_init__(self) -> None:
         for name, values in self.series.items():
