@@ -7,7 +7,7 @@ away; it would also blow up to full size the noise of a head whose curve is flat
 and none is picked for its result. The same on the norms of the heads' weights shows what the wrLLC adds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -120,23 +120,22 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     """Clusters and types, by the primary clustering; then the other variants of the curves, as they come."""
     last = stages[-1] if stages else None
 
-    def of(name: str, variant: Variant) -> float:
-        return float(series[name][VARIANTS.index(variant)])
+    def of(name: str, variant: Variant) -> Callable[[Stage], float]:
+        return lambda stage: float(series[name][VARIANTS.index(variant)])
 
     others = [variant for variant in VARIANTS if variant.of == "wrLLC" and variant != PRIMARY]
     return [
         claim(
             f"clusters of wrLLC curves agree with the heads' types ({PRIMARY}: the primary clustering; p-value of the "
             "adjusted Rand index, types permuted within layers)",
-            last, lambda s: of("p_value", PRIMARY), ALPHA, "<=",
+            last, of("p_value", PRIMARY), ALPHA, "<=",
         ),
         claim(
             f"the clusters stand when the curves are drawn within their errors ({PRIMARY}; mean adjusted Rand index)",
-            last, lambda s: of("stability", PRIMARY), STABLE,
+            last, of("stability", PRIMARY), STABLE,
         ),
         *(
-            claim(f"beside it: clusters agree with types ({variant}; p-value)",
-                  last, lambda s, v=variant: of("p_value", v), ALPHA, "<=")
+            claim(f"beside it: they agree with types ({variant}; p-value)", last, of("p_value", variant), ALPHA, "<=")
             for variant in others
         ),
     ]  # fmt: skip

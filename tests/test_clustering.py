@@ -62,7 +62,7 @@ def test_standardizing_leaves_the_shape_alone() -> None:
 def test_two_planted_groups_are_found_as_two(method) -> None:
     features = resample(STEPS, two_groups(), everywhere(two_groups()))
     labels, silhouette = cluster(features, ONE, method, np.random.default_rng(0))
-    assert adjusted_rand_score(TRUTH, labels) == 1
+    assert labels.tolist() == TRUTH.tolist()  # numbered as they first occur
     assert (silhouette > 0.9).all()
 
 

@@ -92,8 +92,14 @@ def _best(points: np.ndarray, method: Method, rng: np.random.Generator) -> tuple
         labels = fit.fit_predict(points)
         score = float(silhouette_score(points, labels))
         if not score <= best[1]:  # the first, whose rival is NaN, counts as better
-            best = labels, score
+            best = _in_order(labels), score
     return best
+
+
+def _in_order(labels: np.ndarray) -> np.ndarray:
+    """The labels renumbered by where they first occur, so that like partitions look alike."""
+    _, first, label = np.unique(labels, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[label]
 
 
 def agreement(labels: np.ndarray, others: np.ndarray, groups: np.ndarray) -> float:

@@ -10,7 +10,6 @@ differences are known better than is said here, and the tests are conservative.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import helmert
 from scipy.stats import chi2
 
 N_DRAWS = 4000
@@ -47,17 +46,16 @@ def specialization(llc: np.ndarray, error: np.ndarray, scaled: bool = False) -> 
             distributions or heads, all is NaN.
     """
     n, n_heads = llc.shape
-    nothing = Specialization(*np.full((2, n, n_heads), np.nan), np.full(n_heads, np.nan), float("nan"))
     mean, mean_error = llc.mean(1), np.sqrt((error**2).sum(1)) / n_heads
     complete = bool(np.isfinite(llc).all() and np.isfinite(error).all() and (error > 0).all())
     if min(n, n_heads) < 2 or not complete or (scaled and bool((mean <= 2 * mean_error).any())):
-        return nothing
+        unknown = np.full(llc.shape, np.nan)
+        return Specialization(unknown, unknown, np.full(n_heads, np.nan), float("nan"))
     pairs = [contrast(*row, scaled) for row in zip(llc, error, strict=True)]
     values, covariances = (np.array(part) for part in zip(*pairs, strict=True))
     variance = np.diagonal(covariances, axis1=1, axis2=2)
     heads = [equality_test(values[:, [h]], variance[:, h, None, None]) for h in range(n_heads)]
-    basis = helmert(n_heads)  # contrasts sum to 0, so their covariance is singular: n_heads - 1 of them tell all
-    layer = equality_test(values @ basis.T, basis @ covariances @ basis.T)
+    layer = equality_test(values[:, 1:], covariances[:, 1:, 1:])  # contrasts sum to 0: all but one tell all
     return Specialization(
         value=n / (n - 1) * (values - values.mean(0)),
         error=np.sqrt(variance + (variance.sum(0) - variance) / (n - 1) ** 2),
@@ -110,7 +108,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def ranks(llc: np.ndarray, error: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(rank of each head in its layer, from 1, the largest; share of draws within the errors in which it has each rank).
+    """(rank of each head in its layer, 1 the largest; share of draws within the errors in which it has each rank).
 
     Args:
         llc, error: Float[head]. All NaN if one is not finite: the first of those that are known need not be first.
