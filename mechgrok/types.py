@@ -69,12 +69,24 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a task; `labels` are the printable names of its tokens."""
+    """The examples of a task; `labels` are the printable names of its tokens.
+
+    distributions: named sub-distributions for data refinement. bos: the token that every row begins with.
+    plain: ids of the tokens that random sequences may be made of; () stands for all.
+    kinds: Int[example, pos] of `test`, which planted mechanism made each target, an index into kind_names.
+    language: the planted ground truth.
+    """
 
     train: Examples
     test: Examples
     labels: tuple[str, ...]
     n_classes: int
+    distributions: Mapping[str, Examples] = field(default_factory=dict)
+    bos: int | None = None
+    plain: tuple[int, ...] = ()
+    kinds: Tensor | None = None
+    kind_names: tuple[str, ...] = ()
+    language: Any = None
 
 
 @dataclass(frozen=True)
