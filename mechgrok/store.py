@@ -10,6 +10,8 @@
     reference/                      the run of the reference model, where one is asked for
     llc.nc  <distribution>.nc  report.json  report.md  report.html
 
+and what is kept for every run: <cache folder>/<SHA-256 of the key>.json
+
 The SHA-256 in a file's metadata covers its tensors and its other metadata, so a file that was cut or
 altered is refused with its name rather than read.
 """
@@ -20,7 +22,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -271,6 +273,34 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, value: Any) -> None:
     """A JSON file anywhere, atomically."""
     _write_atomically(Path(path), (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def cache_folder() -> Path:
+    """Where what is dear to make is kept between runs: $MECHGROK_CACHE, or ~/.cache/mechgrok."""
+    return Path(os.environ.get("MECHGROK_CACHE") or "~/.cache/mechgrok").expanduser()
+
+
+def cached_json(key: Any, make: Callable[[], Any]) -> Any:
+    """What `make()` returns, as JSON gives it back; made once for every `key`, which is JSON too.
+
+    The file is named by the SHA-256 of the key and begins with that of its contents: one that was cut or
+    altered is made anew. A folder that cannot be read or written costs the time of making, nothing else.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() + ".json"
+    try:
+        path = cache_folder() / name
+        signature, _, body = path.read_bytes().partition(b"\n")
+        if signature == hashlib.sha256(body).hexdigest().encode():
+            return json.loads(body)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        pass
+    body = json.dumps(make(), separators=(",", ":")).encode()
+    try:
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold words of a private text
+        _write_atomically(cache_folder() / name, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    except (OSError, RuntimeError, RunDirectoryError):
+        pass
+    return json.loads(body)
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
     {"types", "calibration", "errors", "seeds", "task_config", "config", "reproducible"},
-    {"tasks", "model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
-    {"replicas"},
+    {"model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
+    {"replicas", "tasks"},
     {"train", "measures", "llc"},
     {"pipeline"},
 ]

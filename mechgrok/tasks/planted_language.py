@@ -22,6 +22,7 @@ import torch
 
 from mechgrok import seeds
 from mechgrok.task_config import MechanismRates, PlantedLanguageConfig
+from mechgrok.tasks.next_token import next_token_examples
 from mechgrok.types import Examples, Split
 
 KINDS = ("bigram", "free", "ngram", "skip", "repeat", "close")
@@ -68,8 +69,8 @@ def make_split(config: PlantedLanguageConfig, seed: int) -> Split:
 
     def rows(n: int, rates: MechanismRates, *names: str) -> tuple[Examples, np.ndarray]:
         rng = np.random.default_rng(seeds.derive(seed, "rows", *names))
-        tokens, kinds = sample_rows(language, rates, n, config.n_ctx + 1, rng)
-        return next_token_examples(tokens), kinds[:, 1:]
+        tokens, kinds = sample_rows(language, rates, n, config.n_ctx, rng)
+        return next_token_examples(torch.from_numpy(tokens)), np.roll(kinds, -1, axis=1)  # of the targets
 
     train, _ = rows(config.n_train, config.rates, "train")
     test, kinds = rows(config.n_test, config.rates, "test")
@@ -85,13 +86,6 @@ def make_split(config: PlantedLanguageConfig, seed: int) -> Split:
         kind_names=KINDS,
         language=language,
     )
-
-
-def next_token_examples(tokens: np.ndarray) -> Examples:
-    """Every token but the last, each with the next one as its target: Int[row, pos + 1] -> [row, pos]."""
-    rows = torch.from_numpy(tokens)
-    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    return Examples(inputs, targets, torch.ones(inputs.shape))
 
 
 def make_language(config: PlantedLanguageConfig, seed: int) -> Language:
