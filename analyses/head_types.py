@@ -1,0 +1,154 @@
+"""Which type each attention head is of, and in which stage previous-token heads and prefix matching form.
+
+The rules and thresholds are those of `measures.head_types`. Multigram heads are not told apart here: that takes a
+count of what each head has memorized, which is another analysis. Such heads are "unclear", or typed by their attention.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformer_lens import HookedTransformer
+
+from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_change
+from mechgrok import plotting, seeds
+from mechgrok.measures.copying import eigenvalue_copying
+from mechgrok.measures.head_types import HEAD_TYPES, TIMES_CHANCE, head_evidence, probe
+from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
+
+NAME = "head_types"
+TASKS = ("planted-language", "text", "hugging-face")
+
+SCORES = {
+    "previous-token": "previous token (times chance)",
+    "current-token": "current token (times chance)",
+    "first-token": "first token (times chance)",
+    "duplicate-token": "earlier equal token (times chance)",
+    "prefix matching": "prefix matching (times chance)",
+    "copying": "copying (times chance)",
+    "direct effect": "direct effect on repeats (nats)",
+    "ablation": "zero ablation (nats)",
+}
+
+
+def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
+    """The names of the heads, in the order of the head axis. Raises ShapeError where rows are too short to repeat."""
+    probe(split, _probe_stream())
+    cfg = model.cfg
+    return {"heads": [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]}
+
+
+def measure(
+    model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """{score: [head]} for SCORES and "eigenvalue copying", and "type", an index into HEAD_TYPES.
+
+    The random tokens are the same at every checkpoint, whatever `rng`, so that only the model changes.
+    """
+    evidence = head_evidence(model, split, _probe_stream())
+    series = {name: np.array([of.scores[name] for of in evidence]) for name in SCORES}
+    series["eigenvalue copying"] = eigenvalue_copying(model).numpy()
+    series["type"] = np.array([HEAD_TYPES.index(of.type) for of in evidence])
+    return series
+
+
+def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
+    """Does a previous-token head form in one stage, and prefix matching; does the LLC rise there; are heads found?"""
+    best = {"step": series["step"]} | {name: _best(series, name) for name in ("previous-token", "prefix matching")}
+    last = stages[-1] if stages else None
+
+    def where(name: str) -> Stage | None:
+        """The stage with most of the growth for its length; random stages may choose theirs as well."""
+        return max(stages, key=lambda stage: np.nan_to_num(concentration(best, name, stage)), default=None)
+
+    def formed(name: str, stage: Stage) -> float:
+        reached = best[name].max() >= TIMES_CHANCE
+        return concentration(best, name, stage) if reached else float("nan")
+
+    def llc_rise(stage: Stage) -> float:
+        change, error = llc_change(curve, stage)
+        return change - 1.96 * error if best["prefix matching"].max() >= TIMES_CHANCE else float("nan")
+
+    def number(kind: str) -> float:
+        return float(np.sum(series["type"][-1] == HEAD_TYPES.index(kind)))
+
+    return [
+        claim(
+            "a previous-token head forms in one stage (growth of the best head's attention over chance, share of all "
+            "growth, less that of time)",
+            where("previous-token"), lambda s: formed("previous-token", s), CONCENTRATED,
+        ),
+        claim(
+            "prefix matching forms in one stage (the same of the best head's prefix matching)",
+            where("prefix matching"), lambda s: formed("prefix matching", s), CONCENTRATED,
+        ),
+        claim(
+            "the LLC rises in the stage in which prefix matching forms (change less 1.96 standard errors)",
+            where("prefix matching"), llc_rise, 0.0,
+        ),
+        claim(
+            "the previous-token head is there before prefix matching is (ratio of the steps of half their growth)",
+            last, lambda s: _half(best, "prefix matching") / _half(best, "previous-token"), 1.0,
+        ),
+        claim("the final model has a previous-token head (number)", last, lambda s: number("previous-token"), 1.0),
+        claim("the final model has an induction head (number)", last, lambda s: number("induction"), 1.0),
+    ]  # fmt: skip
+
+
+def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Type and evidence of every head at the last checkpoint, and when each type appears."""
+    heads, types = report.facts["heads"], report.series["type"]
+    evidence = [
+        [head, HEAD_TYPES[types[-1][i]], *(_number(report.series[name][-1][i]) for name in SCORES)]
+        for i, head in enumerate(heads)
+    ]
+    since = []
+    for index, kind in enumerate(HEAD_TYPES):
+        mine = types == index
+        if mine[-1].any():
+            absent = np.flatnonzero(~mine.any(1))
+            first = report.steps[absent[-1] + 1] if len(absent) else report.steps[0]
+            since.append([kind, ", ".join(head for head, yes in zip(heads, mine[-1], strict=True) if yes), str(first)])
+    return {
+        "Heads at the last checkpoint": (["head", "type", *SCORES.values()], evidence),
+        "Since when there is a head of the type": (["type", "heads at the end", "since step"], since),
+    }
+
+
+def plot(report: Report, study: Study) -> dict[str, Figure]:
+    """Previous-token attention, prefix matching and direct effect of every head over training."""
+    fig, axes = plotting.panels(3)
+    for ax, name in zip(axes, ("previous-token", "prefix matching", "direct effect"), strict=True):
+        for index, head in enumerate(report.facts["heads"]):
+            ax.plot(report.steps, report.series[name][:, index], label=head, lw=1)
+        if name != "direct effect":
+            ax.axhline(TIMES_CHANCE, color="gray", lw=1, ls=":")
+        plotting.developmental_axis(ax, study.stages, SCORES[name])
+    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    return {"What the heads attend to, and what they do": fig}
+
+
+def _probe_stream() -> torch.Generator:
+    return seeds.stream(0, NAME, "random tokens")
+
+
+def _best(series: Series, name: str) -> np.ndarray:
+    """The largest score over heads at each checkpoint: [checkpoint]; a head without one does not count."""
+    return np.nan_to_num(series[name], nan=0.0).max(1)
+
+
+def _half(series: Series, name: str) -> float:
+    """The step from which a series stays above the middle of its range, NaN where it never passed TIMES_CHANCE."""
+    values = series[name]
+    below = np.flatnonzero(values < (values.min() + values.max()) / 2)
+    if values.max() < TIMES_CHANCE or not len(below) or below[-1] + 1 == len(values):
+        return float("nan")
+    i = below[-1]
+    x, middle = np.log1p(series["step"]), (values.min() + values.max()) / 2
+    return float(np.expm1(np.interp(middle, values[i : i + 2], x[i : i + 2])))
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2g}"

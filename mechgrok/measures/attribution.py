@@ -1,0 +1,62 @@
+"""Direct logit attribution: what every head and every other part adds to the right logit."""
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechgrok.types import Examples
+
+
+@torch.no_grad()
+def direct_attributions(model: HookedTransformer, examples: Examples) -> dict[str, Tensor]:
+    """What each part adds to (target logit - mean logit), by name, each Float64[example, scored], in nats of logit.
+
+    The terms sum to the model's own difference: "embed", "pos_embed" (where positions enter the residual stream),
+    "L0H1" for heads, "L0.mlp", "L0.b_O" for the bias that all heads share, and "bias" for the final LayerNorm's and
+    the unembedding's. The final LayerNorm is frozen at each position's own scale, which makes it linear; its gain is
+    applied.
+
+    `ActivationCache.logit_attrs` on `stack_head_results` gives the same for models without a gain (a test holds them
+    equal). It is not used because it leaves out the gain and the biases, and holds an array [example, pos, head,
+    d_head, d_model] on the way.
+    """
+    cfg = model.cfg
+    tokens, targets, _ = examples.tensors
+    n_scored = targets.shape[1]
+    parts = ("hook_embed", "hook_pos_embed", "attn.hook_z", "hook_mlp_out", "ln_final.hook_scale")
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(parts))
+
+    unembed = (model.W_U - model.W_U.mean(1, keepdim=True)).double()
+    bias = (model.b_U - model.b_U.mean()).double()[targets]
+    direction = unembed.T[targets]  # [example, scored, d_model]
+    if cfg.normalization_type in ("LN", "RMS"):
+        if cfg.normalization_type == "LN":
+            bias = bias + direction @ model.get_parameter("ln_final.b").double()
+        direction = direction * model.get_parameter("ln_final.w").double()
+    if cfg.normalization_type in ("LN", "LNPre"):
+        direction = direction - direction.mean(-1, keepdim=True)
+    if cfg.normalization_type is not None:
+        direction = direction / cache["ln_final.hook_scale"].double()[:, -n_scored:]
+
+    def along(written: Tensor) -> Tensor:
+        return (written[:, -n_scored:].double() * direction).sum(-1)
+
+    terms = {"embed": along(cache["hook_embed"])}
+    if cfg.positional_embedding_type == "standard":  # shortformer positions go into queries and keys alone
+        terms["pos_embed"] = along(cache["hook_pos_embed"])
+    for layer in range(cfg.n_layers):
+        block = model.blocks[layer]
+        z = cache[f"blocks.{layer}.attn.hook_z"][:, -n_scored:].double()
+        by_head = torch.einsum("epm,hdm,ephd->hep", direction, block.attn.W_O.double(), z)
+        terms |= {f"L{layer}H{head}": by_head[head] for head in range(cfg.n_heads)}
+        terms[f"L{layer}.b_O"] = direction @ block.attn.b_O.double()
+        if not cfg.attn_only:
+            terms[f"L{layer}.mlp"] = along(cache[f"blocks.{layer}.hook_mlp_out"])
+    return terms | {"bias": bias}
+
+
+def head_attributions(model: HookedTransformer, examples: Examples) -> Tensor:
+    """The heads' part of `direct_attributions`, layer-major: Float64[head, example, scored]."""
+    terms, cfg = direct_attributions(model, examples), model.cfg
+    names = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    return torch.stack([terms[name] for name in names])

@@ -1,0 +1,154 @@
+"""What kind of head each one is, from scores compared with chance. The rules and thresholds are ours.
+
+Published thresholds (.4 of the attention, from GPT-2) miss the induction heads of small models, which end at .06 where
+chance is .011 (Hoogland et al. 2024). So a score counts as a multiple of its chance level and by its spread.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechgrok.errors import ShapeError
+from mechgrok.measures.ablation import position_ablations
+from mechgrok.measures.attention import (
+    ATTENTION_KINDS,
+    AttentionScores,
+    RepeatedTokens,
+    attention_scores,
+    prefix_matching,
+    repeated_tokens,
+)
+from mechgrok.measures.attribution import head_attributions
+from mechgrok.measures.copying import copying_scores
+from mechgrok.types import Examples, Split
+
+HeadType = Literal[
+    "induction", "previous-token", "multigram", "duplicate-token", "current-token", "first-token", "dead", "unclear"
+]
+HEAD_TYPES: tuple[HeadType, ...] = (
+    "induction", "previous-token", "multigram", "duplicate-token", "current-token", "first-token", "dead", "unclear",
+)  # fmt: skip
+
+TIMES_CHANCE = 3.7  # midway, in ratio, between 2.7, which published heads of no type reach, and 5, the faintest of one
+SURE = (
+    4.0  # spreads above chance: one in 30,000 for a normal, as some 16 heads x 6 scores x 100 checkpoints are looked at
+)
+GENERIC = 0.5  # of the attention on random tokens: with most of it, a head looks there whatever the tokens are
+COPIES = 2.0  # times its share that the attended token gets; not more, as what a blurred head raises is spread as well
+DIRECT_NATS = 0.1  # an induction head raises the right logit; .1 changes a probability by a tenth
+DEAD_NATS = 1e-3  # per position; the smallest change of a loss that the reports print
+MIN_MULTIGRAMS = 5  # memorized n-grams or skip n-grams that make a multigram head: fewer may be miscounted
+MAX_POSITIONS = 2**12  # of the test examples that are looked at; it puts a few per cent on a score
+
+
+@dataclass(frozen=True)
+class HeadEvidence:
+    """A head, its type, and the scores behind it.
+
+    scores: "previous-token", "current-token", "first-token", "duplicate-token", "prefix matching" and "copying" as
+    multiples of chance (1 = chance, NaN = cannot be met in these data); "direct effect" on the repeated token's logit
+    and "ablation", the larger mean |change of loss| on test examples and on repeats, both in nats; "multigrams", a
+    count, if it was given.
+    """
+
+    head: str
+    type: HeadType
+    scores: Mapping[str, float]
+
+
+def head_evidence(
+    model: HookedTransformer, split: Split, rng: torch.Generator, n_multigrams: Sequence[int] | None = None
+) -> tuple[HeadEvidence, ...]:
+    """Every head's type with its evidence, layer-major. The first of these rules that applies:
+
+    induction: prefix matching is strong, *and* the head copies: of what it raises, the attended token gets COPIES times
+        its share, *and* it raises the right logit on repeats by DIRECT_NATS. How little one head's ablation costs is
+        not asked, since induction heads stand in for each other.
+    dead: zeroing the head changes no loss, on the test examples or on repeats, by DEAD_NATS a position on average.
+    multigram: at least MIN_MULTIGRAMS were memorized; a strong previous- or current-token head is none if GENERIC of
+        its attention on random tokens goes there.
+    previous-, current-, first- or duplicate-token: the strong one of the largest multiple of chance. Each is taken on
+        the test examples and on random tokens, and the smaller counts.
+    unclear: none of them.
+
+    A score is strong when it is TIMES_CHANCE its chance level and SURE spreads above it.
+
+    Args:
+        rng: draws the random tokens; the same seed at every checkpoint makes their scores comparable.
+        n_multigrams: by head, how many n-grams and skip n-grams it has memorized; None if they were not counted.
+
+    Raises:
+        ShapeError: the context is too short for repeats, or `n_multigrams` has not one number a head.
+    """
+    cfg = model.cfg
+    names = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    if n_multigrams is not None and len(n_multigrams) != len(names):
+        raise ShapeError(f"n_multigrams must have one number for each of {len(names)} heads, got {len(n_multigrams)}")
+    examples, repeats = some_examples(split.test), probe(split, rng)
+
+    on_data, on_random = attention_scores(model, examples), attention_scores(model, repeats.examples)
+    prefix = prefix_matching(model, repeats)
+    copying = copying_scores(model, repeats, repeats.second).times_chance
+    direct = _mean(head_attributions(model, repeats.examples), repeats.examples)
+    harms = [_mean(position_ablations(model, of, "zero", rng).abs(), of) for of in (examples, repeats.examples)]
+    columns: dict[str, Tensor] = {
+        **{kind: torch.minimum(on_data[kind].times_chance, on_random[kind].times_chance) for kind in ATTENTION_KINDS},
+        "prefix matching": prefix.times_chance,
+        "copying": copying,
+        "direct effect": direct,
+        "ablation": torch.maximum(*harms),
+    }
+    if n_multigrams is not None:
+        columns["multigrams"] = torch.tensor(n_multigrams, dtype=torch.float64)
+    strong: dict[str, Tensor] = {
+        kind: strong_heads(on_data[kind]) & strong_heads(on_random[kind]) for kind in ATTENTION_KINDS
+    }
+    strong["prefix matching"] = strong_heads(prefix)
+    generic = {kind: on_random[kind].score > GENERIC for kind in ("previous-token", "current-token")}
+    evidence = []
+    for index, name in enumerate(names):
+        scores = {key: float(column[index]) for key, column in columns.items()}
+        strong_here, generic_here = ({k for k, of in flags.items() if of[index]} for flags in (strong, generic))
+        evidence.append(HeadEvidence(name, _type(scores, strong_here, generic_here), scores))
+    return tuple(evidence)
+
+
+def strong_heads(scores: AttentionScores) -> Tensor:
+    """Bool[head]: TIMES_CHANCE the chance level and SURE spreads above it; False for NaN."""
+    sure = scores.score - scores.chance > SURE * scores.spread
+    return (scores.times_chance >= TIMES_CHANCE) & sure
+
+
+def some_examples(examples: Examples) -> Examples:
+    """Evenly spaced examples of at most MAX_POSITIONS positions in all."""
+    n = min(len(examples), max(1, MAX_POSITIONS // examples.tokens.shape[1]))
+    chosen = torch.linspace(0, len(examples) - 1, n).long()
+    return Examples(examples.tokens[chosen], examples.targets[chosen], examples.weights[chosen])
+
+
+def probe(split: Split, rng: torch.Generator) -> RepeatedTokens:
+    """Repeated random tokens in the task's own vocabulary: of `split.plain`, after `split.bos`."""
+    ids = split.plain or tuple(i for i in range(min(len(split.labels), split.n_classes)) if i != split.bos)
+    return repeated_tokens(rng, split.test.tokens.shape[1], ids, split.bos)
+
+
+def _type(scores: Mapping[str, float], strong: set[str], generic: set[str]) -> HeadType:
+    copies = scores["copying"] >= COPIES and scores["direct effect"] >= DIRECT_NATS
+    if "prefix matching" in strong and copies:
+        return "induction"
+    if scores["ablation"] < DEAD_NATS:
+        return "dead"
+    attended = max((kind for kind in ATTENTION_KINDS if kind in strong), key=lambda kind: scores[kind], default=None)
+    if scores.get("multigrams", 0) >= MIN_MULTIGRAMS and attended not in generic:
+        return "multigram"
+    return attended or "unclear"
+
+
+def _mean(values: Tensor, examples: Examples) -> Tensor:
+    """Weighted mean over examples and positions: [head, example, scored] -> Float64[head]."""
+    weights = examples.tensors[2].double()
+    return (values * weights).sum((1, 2)) / weights.sum()
