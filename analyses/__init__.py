@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mechgrok.types import Report, Study
 
-REGISTRY = ("grokking", "fourier", "ablation")
+REGISTRY = ("grokking", "fourier", "ablation", "head_types", "head_clusters", "specialization")
 
 
 def run(name: str, study: "Study") -> "Report":
