@@ -224,8 +224,11 @@ class RunConfig(Settings):
         return self.model_copy(update={"llc": self.llc.model_copy(update={"sampling": sampling})})
 
     def digest(self) -> str:
-        """SHA-256 of the settings in canonical JSON: equal exactly when every setting is equal."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """SHA-256 of the settings that are not defaults, in canonical JSON: equal exactly when every setting is equal.
+
+        A version that adds a setting, with a default that does what was done before, so keeps the runs of older ones.
+        """
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_toml(self) -> str:
