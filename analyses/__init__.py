@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mechgrok.types import Report, Study
 
-REGISTRY = ("grokking", "fourier", "ablation", "head_types", "head_clusters", "specialization")
+REGISTRY = (
+    "grokking", "fourier", "ablation", "mechanisms", "head_types", "head_clusters", "induction_circuit", "multigrams",
+    "multigram_circuit", "specialization",
+)  # fmt: skip
 
 
 def run(name: str, study: "Study") -> "Report":

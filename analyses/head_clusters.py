@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
 from analyses.contract import Series, claim
-from mechgrok import plotting, seeds
+from mechgrok import plotting
 from mechgrok.components import HEAD_NAME
 from mechgrok.measures.clustering import Method, agreement, cluster, perturbed, resample, standardize, types_test
+from mechgrok.measures.head_types import typed_heads
 from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
@@ -50,9 +51,7 @@ VARIANTS = (*(Variant(method, features, scope) for scope, features, method in _C
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The heads, in the order of the head axis, and the type of each in the final model."""
-    from mechgrok.measures.head_types import head_evidence
-
-    evidence = head_evidence(model, split, seeds.stream(0, "head_types"))
+    evidence = typed_heads(model, split)
     return {"heads": [head.head for head in evidence], "types": [f"{head.head} {head.type}" for head in evidence]}
 
 

@@ -1,7 +1,6 @@
 """Which type each attention head is of, and in which stage previous-token heads and prefix matching form.
 
-The rules and thresholds are those of `measures.head_types`. Multigram heads are not told apart here: that takes a
-count of what each head has memorized, which is another analysis. Such heads are "unclear", or typed by their attention.
+The rules and thresholds are those of `measures.head_types`, with the multigrams that `measures.multigrams` counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from transformer_lens import HookedTransformer
 from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_change
 from mechgrok import plotting, seeds
 from mechgrok.measures.copying import eigenvalue_copying
-from mechgrok.measures.head_types import HEAD_TYPES, TIMES_CHANCE, head_evidence, probe
+from mechgrok.measures.head_types import HEAD_TYPES, TIMES_CHANCE, probe, typed_heads
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "head_types"
@@ -30,12 +29,14 @@ SCORES = {
     "copying": "copying (times chance)",
     "direct effect": "direct effect on repeats (nats)",
     "ablation": "zero ablation (nats)",
+    "brackets": "zero ablation on closing brackets (nats)",
+    "multigrams": "memorized multigrams",
 }
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The names of the heads, in the order of the head axis. Raises ShapeError where rows are too short to repeat."""
-    probe(split, _probe_stream())
+    probe(split, seeds.stream(0, NAME))
     cfg = model.cfg
     return {"heads": [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]}
 
@@ -47,7 +48,7 @@ def measure(
 
     The random tokens are the same at every checkpoint, whatever `rng`, so that only the model changes.
     """
-    evidence = head_evidence(model, split, _probe_stream())
+    evidence = typed_heads(model, split)
     series = {name: np.array([of.scores[name] for of in evidence]) for name in SCORES}
     series["eigenvalue copying"] = eigenvalue_copying(model).numpy()
     series["type"] = np.array([HEAD_TYPES.index(of.type) for of in evidence])
@@ -128,10 +129,6 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
         plotting.developmental_axis(ax, study.stages, SCORES[name])
     axes[0].legend(frameon=False, fontsize=7, ncols=2)
     return {"What the heads attend to, and what they do": fig}
-
-
-def _probe_stream() -> torch.Generator:
-    return seeds.stream(0, NAME, "random tokens")
 
 
 def _best(series: Series, name: str) -> np.ndarray:

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
 from analyses.contract import Series, claim
-from mechgrok import plotting, seeds
+from mechgrok import plotting
 from mechgrok.components import HEAD_NAME
+from mechgrok.measures.head_types import typed_heads
 from mechgrok.measures.refined import holm, ranks, specialization
 from mechgrok.model import evaluate
 from mechgrok.stages import usable_points
@@ -29,16 +30,14 @@ from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 NAME = "specialization"
 TASKS = ("planted-language", "text", "hugging-face")
 REPEATS, NGRAMS = "repeat-heavy", "ngram-heavy"  # of the planted language
-PREFIX_MATCHING = "prefix-matching"  # the score of that name in `head_types`
+PREFIX_MATCHING = "prefix matching"  # the score of that name in `head_types`
 ALPHA = 0.05
 LATE = 0.8  # the share of training after which an estimate speaks for its end
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The heads in order, their types in the final model, and the induction head that matches prefixes most, if any."""
-    from mechgrok.measures.head_types import head_evidence
-
-    evidence = head_evidence(model, split, seeds.stream(0, "head_types"))
+    evidence = typed_heads(model, split)
     induction = sorted(
         (head for head in evidence if head.type == "induction"), key=lambda head: head.scores[PREFIX_MATCHING]
     )

@@ -1,8 +1,7 @@
 """The analysis on invented curves: types that go with the curve's shape, types that do not, and gaps."""
 
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,10 +153,8 @@ def test_tables_and_figures_name_every_head() -> None:
 
 
 def test_prepare_and_measure_follow_the_heads_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = ModuleType("mechgrok.measures.head_types")
     evidence = (SimpleNamespace(head="L0H0", type="unclear"), SimpleNamespace(head="L0H1", type="induction"))
-    stub.head_evidence = lambda model, split, rng, n_multigrams=None: evidence
-    monkeypatch.setitem(sys.modules, "mechgrok.measures.head_types", stub)
+    monkeypatch.setattr(analysis, "typed_heads", lambda model, split: evidence)
     split = make_split(tiny_config().task, 0)
     model = build_model(tiny_config().model, split, 0)
     assert analysis.prepare(model, split) == {"heads": ["L0H0", "L0H1"], "types": ["L0H0 unclear", "L0H1 induction"]}

@@ -1,8 +1,7 @@
 """Contrasts, tests and ranks against closed forms and their nominal levels; the analysis on planted curves."""
 
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,9 +268,7 @@ def test_prepare_names_the_strongest_induction_head_and_measure_the_losses(monke
         return SimpleNamespace(head=name, type=kind, scores={analysis.PREFIX_MATCHING: score})
 
     evidence = [head("L0H0", "unclear", 0.9), head("L0H1", "induction", 0.2), head("L1H0", "induction", 0.4)]
-    stub = ModuleType("mechgrok.measures.head_types")
-    stub.head_evidence = lambda model, split, rng, n_multigrams=None: tuple(evidence)
-    monkeypatch.setitem(sys.modules, "mechgrok.measures.head_types", stub)
+    monkeypatch.setattr(analysis, "typed_heads", lambda model, split: tuple(evidence))
     split = make_split(tiny_config().task, 0)
     model = build_model(tiny_config().model, split, 0)
     facts = analysis.prepare(model, split)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok import seeds
 from mechgrok.errors import ShapeError
 from mechgrok.measures.ablation import position_ablations
 from mechgrok.measures.attention import (
@@ -24,13 +25,16 @@ from mechgrok.measures.attention import (
 )
 from mechgrok.measures.attribution import head_attributions
 from mechgrok.measures.copying import copying_scores
+from mechgrok.measures.multigrams import closing_brackets, memorized_on
 from mechgrok.types import Examples, Split
 
 HeadType = Literal[
-    "induction", "previous-token", "multigram", "duplicate-token", "current-token", "first-token", "dead", "unclear"
-]
+    "induction", "previous-token", "bracket", "multigram", "duplicate-token", "current-token", "first-token", "dead",
+    "unclear",
+]  # fmt: skip
 HEAD_TYPES: tuple[HeadType, ...] = (
-    "induction", "previous-token", "multigram", "duplicate-token", "current-token", "first-token", "dead", "unclear",
+    "induction", "previous-token", "bracket", "multigram", "duplicate-token", "current-token", "first-token", "dead",
+    "unclear",
 )  # fmt: skip
 
 TIMES_CHANCE = 3.7  # midway, in ratio, between 2.7, which published heads of no type reach, and 5, the faintest of one
@@ -42,6 +46,8 @@ COPIES = 2.0  # times its share that the attended token gets; not more, as what 
 DIRECT_NATS = 0.1  # an induction head raises the right logit; .1 changes a probability by a tenth
 DEAD_NATS = 1e-3  # per position; the smallest change of a loss that the reports print
 MIN_MULTIGRAMS = 5  # memorized n-grams or skip n-grams that make a multigram head: fewer may be miscounted
+BRACKET_NATS = 0.5  # of loss that ablation adds to a closing bracket, which changes its probability by half or so
+BRACKET_RATIO = 5.0  # times what it adds to other targets
 MAX_POSITIONS = 2**12  # of the test examples that are looked at; it puts a few per cent on a score
 
 
@@ -51,8 +57,8 @@ class HeadEvidence:
 
     scores: "previous-token", "current-token", "first-token", "duplicate-token", "prefix matching" and "copying" as
     multiples of chance (1 = chance, NaN = cannot be met in these data); "direct effect" on the repeated token's logit
-    and "ablation", the larger mean |change of loss| on test examples and on repeats, both in nats; "multigrams", a
-    count, if it was given.
+    "ablation", the larger mean |change of loss| on test examples and on repeats; "brackets", the loss that zeroing
+    adds to closing brackets, NaN where none is a target; all three in nats; "multigrams", a count, if it was given.
     """
 
     head: str
@@ -69,6 +75,8 @@ def head_evidence(
         its share, *and* it raises the right logit on repeats by DIRECT_NATS. How little one head's ablation costs is
         not asked, since induction heads stand in for each other.
     dead: zeroing the head changes no loss, on the test examples or on repeats, by DEAD_NATS a position on average.
+    bracket: zeroing it adds BRACKET_NATS to the loss on closing brackets, SURE standard errors more than nothing and
+        BRACKET_RATIO times what it adds elsewhere.
     multigram: at least MIN_MULTIGRAMS were memorized; a strong previous- or current-token head is none if GENERIC of
         its attention on random tokens goes there.
     previous-, current-, first- or duplicate-token: the strong one of the largest multiple of chance. Each is taken on
@@ -94,13 +102,17 @@ def head_evidence(
     prefix = prefix_matching(model, repeats)
     copying = copying_scores(model, repeats, repeats.second).times_chance
     direct = _mean(head_attributions(model, repeats.examples), repeats.examples)
-    harms = [_mean(position_ablations(model, of, "zero", rng).abs(), of) for of in (examples, repeats.examples)]
+    on_test = position_ablations(model, examples, "zero", rng)
+    on_repeats = position_ablations(model, repeats.examples, "zero", rng)
+    harms = [_mean(on_test.abs(), examples), _mean(on_repeats.abs(), repeats.examples)]
+    brackets, is_bracket = _brackets(on_test, examples, split.labels)
     columns: dict[str, Tensor] = {
         **{kind: torch.minimum(on_data[kind].times_chance, on_random[kind].times_chance) for kind in ATTENTION_KINDS},
         "prefix matching": prefix.times_chance,
         "copying": copying,
         "direct effect": direct,
         "ablation": torch.maximum(*harms),
+        "brackets": brackets,
     }
     if n_multigrams is not None:
         columns["multigrams"] = torch.tensor(n_multigrams, dtype=torch.float64)
@@ -108,6 +120,7 @@ def head_evidence(
         kind: strong_heads(on_data[kind]) & strong_heads(on_random[kind]) for kind in ATTENTION_KINDS
     }
     strong["prefix matching"] = strong_heads(prefix)
+    strong["bracket"] = is_bracket
     generic = {kind: on_random[kind].score > GENERIC for kind in ("previous-token", "current-token")}
     evidence = []
     for index, name in enumerate(names):
@@ -115,6 +128,12 @@ def head_evidence(
         strong_here, generic_here = ({k for k, of in flags.items() if of[index]} for flags in (strong, generic))
         evidence.append(HeadEvidence(name, _type(scores, strong_here, generic_here), scores))
     return tuple(evidence)
+
+
+def typed_heads(model: HookedTransformer, split: Split) -> tuple[HeadEvidence, ...]:
+    """`head_evidence` with the multigrams that each head has memorized, on fixed random tokens."""
+    counts = [len(mine) for mine in memorized_on(model, split)]
+    return head_evidence(model, split, seeds.stream(0, "head types"), counts)
 
 
 def strong_heads(scores: AttentionScores) -> Tensor:
@@ -142,10 +161,23 @@ def _type(scores: Mapping[str, float], strong: set[str], generic: set[str]) -> H
         return "induction"
     if scores["ablation"] < DEAD_NATS:
         return "dead"
+    if "bracket" in strong:
+        return "bracket"
     attended = max((kind for kind in ATTENTION_KINDS if kind in strong), key=lambda kind: scores[kind], default=None)
     if scores.get("multigrams", 0) >= MIN_MULTIGRAMS and attended not in generic:
         return "multigram"
     return attended or "unclear"
+
+
+def _brackets(added: Tensor, examples: Examples, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(mean loss added to closing brackets, whether that makes a bracket head), [head] each; NaN without brackets."""
+    targets, weights = examples.tensors[1], examples.tensors[2]
+    closing = closing_brackets(labels)[targets] & (weights > 0)
+    if int(closing.sum()) < 2:
+        return torch.full(added.shape[:1], float("nan")), torch.zeros(added.shape[:1], dtype=torch.bool)
+    inside, outside = added[:, closing], added[:, ~closing & (weights > 0)].mean(1)
+    mean, error = inside.mean(1), inside.std(1) / inside.shape[1] ** 0.5
+    return mean, (mean >= BRACKET_NATS) & (mean > SURE * error) & (mean > BRACKET_RATIO * outside)
 
 
 def _mean(values: Tensor, examples: Examples) -> Tensor:

@@ -62,6 +62,27 @@ class Language:
         names |= {int(token): f"w{i}" for i, token in enumerate(self.plain)}
         return tuple(names[token] for token in range(self.n_tokens))
 
+    @property
+    def n_multigrams(self) -> int:
+        """N-grams and skip n-grams together."""
+        return len(self.ngrams) + len(self.skips)
+
+    def multigram(self, source: int, token: int, target: int, contiguous: bool) -> int | None:
+        """Which planted multigram says that `target` follows `token` after `source`, None if none does.
+
+        N-grams come first, then skip n-grams. Of an n-gram, any two of its tokens may be meant that stand before the
+        target, the later one directly; contiguous: nothing stands between source and token.
+        """
+        for index, ngram in enumerate(self.ngrams.tolist()):
+            for at in range(PREFIX, len(ngram)):
+                earlier = ngram[at - 2 : at - 1] if contiguous else ngram[: at - 2]
+                if (ngram[at - 1], ngram[at]) == (token, target) and source in earlier:
+                    return index
+        if token == self.skip_closer and source in self.skips:
+            at = int(source - self.skips[0])
+            return len(self.ngrams) + at if self.skip_targets[at] == target else None
+        return None
+
 
 def make_split(config: PlantedLanguageConfig, seed: int) -> Split:
     """Train and test rows at the configured rates, and test-sized rows of every other named distribution."""
@@ -176,7 +197,7 @@ def sample_rows(
         closing = starts["close"]
         token[closing] = language.closers[stack[rows, depth - 1]][closing]
         kind[closing] = CLOSE
-        token[after_closer] = language.skip_targets[last_skip - language.skips[0]][after_closer]
+        token[after_closer] = language.skip_targets[last_skip[after_closer] - language.skips[0]]
         kind[after_closer] = SKIP
 
         opening = starts["open"]

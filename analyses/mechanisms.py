@@ -1,0 +1,205 @@
+"""When the model comes to use bigrams, n-grams, the previous token and induction, and what the LLC does meanwhile.
+
+A mechanism's date is the step from which its measure stays past the middle between what it was without the mechanism
+and the best it ever was:
+
+    bigrams         loss on bigram targets (of all targets, where kinds are not known): from ln(vocabulary) on
+    n-grams,        loss on the targets that a planted n-gram or skip n-gram gives: from the loss that bigrams
+    skip n-grams    alone give there, so that what bigrams achieve is not counted
+    previous token  the largest attention of a head to the previous token, on random tokens: from its chance level
+    induction       how much better random tokens are predicted when they come again, in nats: from 0
+
+The interval of a date is that between the two checkpoints around it. The order of mechanisms in language models is
+that of Hoogland et al. 2024 (arXiv:2402.02364); the dates by midpoints are ours.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformer_lens import HookedTransformer
+
+from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_at
+from mechgrok import plotting, seeds
+from mechgrok.measures.attention import attention_scores
+from mechgrok.measures.head_types import probe
+from mechgrok.measures.in_context import (
+    bigram_score,
+    bigram_table,
+    in_context_score,
+    losses_by_kind,
+    position_losses,
+)
+from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
+
+NAME = "mechanisms"
+TASKS = ("planted-language", "text", "hugging-face")
+ORDER = ("bigrams", "n-grams", "previous token", "induction")
+N_EXAMPLES = 256
+LEARNED = 0.2  # of what could be gained; with less, a mechanism has no date
+ATTENDED = 0.1  # of the attention, over chance: less is no previous-token head
+BENEFIT_NATS = 0.5  # that a repetition must gain for induction to be dated
+RARE = 1e-4  # the probability of a bigram that the training data lack
+
+
+def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
+    """The kinds of targets, and the mean loss that the training data's bigram table gives on each, nats."""
+    table = bigram_table(split.train, model.cfg.d_vocab, model.cfg.d_vocab_out).clamp(min=RARE)
+    examples = split.test.first(N_EXAMPLES)
+    _, targets, weights = examples.tensors
+    losses = -table.log()[examples.tokens[:, -targets.shape[1] :], targets]
+    if split.kinds is None:
+        return {"kinds": [], "bigram level": []}
+    kinds = split.kinds[:N_EXAMPLES, -targets.shape[1] :]
+    levels = [float(losses[(kinds == index) & (weights > 0)].mean()) for index in range(len(split.kind_names))]
+    return {"kinds": list(split.kind_names), "bigram level": [round(level, 3) for level in levels]}
+
+
+def measure(
+    model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]
+) -> dict[str, np.ndarray | float]:
+    """Losses in nats; rows and random tokens are the same at every checkpoint.
+
+    "loss"; "by_kind" [kind]; "bigram excess", KL from the training data's bigrams to the model; "previous token", the
+    best head's attention on random tokens; "induction", mean loss on the first copy of random tokens less that on the
+    second; "in-context score", the loss on the last quarter of a row less that on its second eighth.
+    """
+    examples = split.test.first(N_EXAMPLES)
+    repeats = probe(split, seeds.stream(0, NAME, "random tokens"))
+    table = bigram_table(split.train.first(len(split.test)), model.cfg.d_vocab, model.cfg.d_vocab_out)
+    n_pos = examples.tokens.shape[1]
+    # The probe scores its second copies; here the first are wanted too.
+    rows = type(examples)(repeats.tokens, repeats.targets, (repeats.first | repeats.second).float())
+    losses, n_scored = position_losses(model, rows), rows.tensors[1].shape[1]
+    first, second = repeats.first[:, -n_scored:], repeats.second[:, -n_scored:]
+    by_kind: list[float] = []
+    if split.kinds is not None:
+        by_kind = list(losses_by_kind(model, examples, split.kinds[:N_EXAMPLES], split.kind_names).values())
+    previous = attention_scores(model, repeats.examples)["previous-token"]
+    return {
+        "loss": float((position_losses(model, examples) * examples.tensors[2]).sum() / examples.tensors[2].sum()),
+        "by_kind": np.array(by_kind),
+        "bigram excess": bigram_score(model, examples, table).excess,
+        "previous token": float(previous.score.max()) - previous.chance,
+        "induction": float(losses[first].mean() - losses[second].mean()),
+        "in-context score": in_context_score(model, examples, (n_pos // 8, n_pos // 4), (3 * n_pos // 4, n_pos)),
+    }
+
+
+def derive(
+    series: Series, curve: LLCCurve, facts: Mapping[str, Any], rng: np.random.Generator
+) -> dict[str, np.ndarray | float]:
+    """{"date of <mechanism>": (step, checkpoint before, checkpoint after)}, NaN for a mechanism that never comes.
+
+    Also "induction window": the steps between which induction's benefit goes from a tenth to nine tenths of its best.
+    """
+    step = series["step"]
+    kinds, levels = facts["kinds"], facts["bigram level"]
+    uniform = float(series["loss"][0])
+
+    def gained(name: str, without: float) -> np.ndarray:
+        """Share of what could be gained that is gained: loss from `without` to 0 -> 0 to 1."""
+        return (without - series["by_kind"][:, kinds.index(name)]) / without
+
+    if kinds:
+        bigrams, floor = series["by_kind"][:, kinds.index("bigram")], levels[kinds.index("bigram")]
+    else:
+        bigrams, floor = series["loss"], float(series["loss"].min())
+    progress = {
+        "bigrams": _if_ever((uniform - bigrams) / (uniform - floor), LEARNED),
+        "previous token": _if_ever(series["previous token"], ATTENDED),
+        "induction": _if_ever(series["induction"], BENEFIT_NATS),
+    }
+    if kinds:
+        progress["n-grams"] = _if_ever(gained("ngram", levels[kinds.index("ngram")]), LEARNED)
+        progress["skip n-grams"] = _if_ever(gained("skip", levels[kinds.index("skip")]), LEARNED)
+    found = {f"date of {name}": _date(step, values, 0.5) for name, values in progress.items()}
+    for name in ORDER:
+        found.setdefault(f"date of {name}", np.full(3, np.nan))
+    window = [_date(step, progress["induction"], part)[0] for part in (0.1, 0.9)]
+    return {**found, "induction window": np.array(window)}
+
+
+def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
+    """Do the mechanisms come in the known order, and does the LLC rise while induction forms?"""
+    dates = [float(series[f"date of {name}"][0]) for name in ORDER]
+    start, end = (float(step) for step in series["induction window"])
+
+    def stage_of(step: float) -> Stage | None:
+        return next((stage for stage in stages if stage.start <= step <= stage.end), None)
+
+    def rise(_: Stage) -> float:
+        (before, error), (after, other) = llc_at(curve, "model", start), llc_at(curve, "model", end)
+        return after - before - 1.96 * math.hypot(error, other)
+
+    def later(at: int) -> Claim:
+        text = f"the date of {ORDER[at]} is after that of {ORDER[at - 1]} (ratio)"
+        return claim(text, stage_of(dates[at]), lambda _: dates[at] / dates[at - 1], 1.0)
+
+    return [
+        *(later(at) for at in range(1, len(ORDER))),
+        claim(
+            "the LLC rises while induction forms, from a tenth to nine tenths of its benefit (change less 1.96 "
+            "standard errors)",
+            stage_of(dates[-1]), rise, 0.0,
+        ),
+        claim(
+            "the stage of induction's date is one in which the LLC rises (change)",
+            stage_of(dates[-1]), lambda stage: stage.delta_llc, 0.0,
+        ),
+        claim(
+            "induction forms in one stage (share of the growth of its benefit, less that of time)",
+            stage_of(dates[-1]), lambda stage: concentration(series, "induction", stage), CONCENTRATED,
+        ),
+    ]  # fmt: skip
+
+
+def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """The dates."""
+    rows = [
+        [key.removeprefix("date of "), *(f"{step:.0f}" if np.isfinite(step) else "never" for step in dates)]
+        for key, dates in report.derived.items()
+        if key.startswith("date of ")
+    ]
+    rows.sort(key=lambda row: float(row[1]) if row[1] != "never" else math.inf)
+    return {"When mechanisms come": (["mechanism", "step", "checkpoint before", "checkpoint after"], rows)}
+
+
+def plot(report: Report, study: Study) -> dict[str, Figure]:
+    """Loss by what made the target, and the previous token and induction."""
+    kinds = report.facts["kinds"]
+    fig, axes = plotting.panels(3)
+    if kinds:
+        for index, kind in enumerate(kinds):
+            axes[0].plot(report.steps, report.series["by_kind"][:, index], label=kind, lw=1)
+    else:
+        axes[0].plot(report.steps, report.series["loss"], label="all", lw=1)
+    axes[0].legend(frameon=False, fontsize=8)
+    plotting.developmental_axis(axes[0], study.stages, "loss by kind of target (nats)")
+    axes[1].plot(report.steps, report.series["previous token"])
+    plotting.developmental_axis(axes[1], study.stages, "attention to the previous token, over chance")
+    axes[2].plot(report.steps, report.series["induction"])
+    plotting.developmental_axis(axes[2], study.stages, "gain of the second copy (nats)")
+    return {"What the model uses": fig}
+
+
+def _if_ever(values: np.ndarray, least: float) -> np.ndarray:
+    """The values, or NaN throughout if none reaches `least`."""
+    return values if values.max() >= least else np.full(len(values), np.nan)
+
+
+def _date(step: np.ndarray, progress: np.ndarray, part: float) -> np.ndarray:
+    """(step, checkpoint before, checkpoint after) from where `progress` stays above `part` of its best.
+
+    NaN for one that is NaN, is above from the start, or does not stay there.
+    """
+    below = np.flatnonzero(progress < part * progress.max())
+    if not len(below) or below[-1] + 1 == len(step):
+        return np.full(3, np.nan)
+    at = int(below[-1])
+    x = np.log1p(step[at : at + 2].astype(float))
+    middle = float(np.expm1(np.interp(part * progress.max(), progress[at : at + 2], x)))
+    return np.array([middle, float(step[at]), float(step[at + 1])])
