@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"types", "calibration", "errors", "seeds", "task_config", "config", "reproducible"},
     {"tasks", "model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
-    {"replicas"},
+    {"replicas", "outside"},
     {"train", "measures", "llc"},
     {"pipeline"},
 ]
