@@ -14,7 +14,7 @@ from rich.table import Table
 from mechgrok.errors import ConfigError, MechgrokError
 
 if TYPE_CHECKING:
-    from mechgrok.types import Report, Stage, Study
+    from mechgrok.types import Report, Stage, Study, Trajectory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # Piped output is not cut to a terminal's 80 columns.
@@ -72,11 +72,33 @@ def train(source: Source, out_dir: Out = None) -> None:
 
         progress("starting", 1, 1)
         trajectory = pipeline.train_only(source, out_dir, progress)
-    table = Table("step", "train loss", "test loss", "train accuracy", "test accuracy")
-    for row in trajectory.metrics:
-        numbers = (row.train_loss, row.test_loss, row.train_accuracy, row.test_accuracy)
-        table.add_row(str(row.step), *(f"{number:.3g}" for number in numbers))
-    out.print(table)
+    _print_trajectory(trajectory)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder of checkpoints, or a name that TransformerLens knows.")],
+    config: Annotated[Path | None, typer.Option(help="A .toml file that describes the run.")] = None,
+    out_dir: Out = None,
+    init: Annotated[bool, typer.Option("--init", help="Only print such a file to begin with.")] = False,
+) -> None:
+    """Make a run of checkpoints that were trained elsewhere; see docs/import.md."""
+    if init == (config is not None):
+        raise ConfigError("give either --config my.toml to import, or --init to print a config to begin with")
+    with _progress() as progress:
+        progress("starting", 0, 1)
+        from mechgrok import pipeline
+
+        progress("starting", 1, 1)
+        if config is None:
+            text = pipeline.import_template(source).to_toml()
+        else:
+            trajectory = pipeline.import_run(source, config, out_dir, progress)
+    if config is None:
+        notice = f"# [model] and [train] are those of {source}. Choose the task and how to sample."
+        out.print(f"{notice}\n{text}", end="", markup=False, soft_wrap=True)
+    else:
+        _print_trajectory(trajectory)
 
 
 @app.command()
@@ -250,6 +272,14 @@ def _write_report(study: "Study", reports: Sequence["Report"], run_dir: Path) ->
         directory.write_json("report.json", render.to_json(study, reports))
         directory.write_text("report.md", render.to_markdown(study, reports))
         return directory.write_text("report.html", render.to_html(study, reports))
+
+
+def _print_trajectory(trajectory: "Trajectory") -> None:
+    table = Table("step", "train loss", "test loss", "train accuracy", "test accuracy")
+    for row in trajectory.metrics:
+        numbers = (row.train_loss, row.test_loss, row.train_accuracy, row.test_accuracy)
+        table.add_row(str(row.step), *(f"{number:.3g}" for number in numbers))
+    out.print(table)
 
 
 def _print_stages(found: "Sequence[Stage]") -> None:

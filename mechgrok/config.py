@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError, model_validator
 
 from mechgrok.errors import ConfigError
 from mechgrok.task_config import Fraction, Settings, TaskConfig
@@ -23,17 +23,34 @@ SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
 
 
 class ModelConfig(Settings):
-    """The shape of a HookedTransformer; the task supplies vocabulary and context length."""
+    """The shape of a HookedTransformer, under the names of its config.
+
+    d_vocab, d_vocab_out, n_ctx: None: the task's (d_vocab_out: d_vocab where that is told). A model from elsewhere
+    may have more than the task needs. rotary_dim: None: all of d_head. The settings that follow d_vocab_out are of
+    use for models from elsewhere.
+    """
 
     n_layers: PositiveInt
     d_model: PositiveInt
     n_heads: PositiveInt
     d_head: PositiveInt
     d_mlp: PositiveInt | None = None  # None: attention only
-    act_fn: Literal["relu", "gelu", "silu"] = "relu"
-    normalization_type: Literal["LN", "LNPre"] | None = None
-    positional_embedding_type: Literal["standard", "rotary", "shortformer"] = "standard"
-    init_std: PositiveFloat  # weights ~ N(0, init_std^2); biases start at 0, LayerNorm gains at 1
+    act_fn: Literal[
+        "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln"
+    ] = "relu"  # fmt: skip
+    normalization_type: Literal["LN", "LNPre", "RMS", "RMSPre"] | None = None
+    positional_embedding_type: Literal["standard", "rotary", "shortformer", "alibi"] = "standard"
+    init_std: PositiveFloat = 0.02  # weights ~ N(0, init_std^2); biases start at 0, LayerNorm gains at 1
+    n_ctx: PositiveInt | None = None
+    d_vocab: PositiveInt | None = None
+    d_vocab_out: PositiveInt | None = None
+    eps: PositiveFloat = 1e-5  # of the normalization
+    final_rms: bool = False
+    parallel_attn_mlp: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False
+    rotary_dim: PositiveInt | None = None
+    rotary_base: PositiveFloat = 10000.0
+    rotary_adjacent_pairs: bool = False
 
 
 class TrainConfig(Settings):
@@ -62,6 +79,24 @@ class TrainConfig(Settings):
         if steps is not None and (len(steps) < 2 or list(steps) != sorted(set(steps)) or steps[-1] != self.n_steps):
             raise ValueError(f"checkpoints must increase, be two or more, and end at n_steps {self.n_steps}")
         return self
+
+
+class ImportedConfig(Settings):
+    """Checkpoints at these steps, trained elsewhere: `mechgrok import` brings them in, and nothing is trained."""
+
+    source: Literal["imported"]
+    checkpoints: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _steps_increase(self) -> Self:
+        if list(self.checkpoints) != sorted(set(self.checkpoints)):
+            raise ValueError(f"checkpoints must increase, got {self.checkpoints}")
+        return self
+
+
+def _origin(train: Any) -> str:
+    told = isinstance(train, ImportedConfig) or (isinstance(train, dict) and "source" in train)
+    return "imported" if told else "trained"
 
 
 class LLCConfig(Settings):
@@ -200,10 +235,18 @@ class RunConfig(Settings):
     seed: Annotated[int, Field(ge=0)]
     task: TaskConfig
     model: ModelConfig
-    train: TrainConfig
+    train: Annotated[
+        Annotated[TrainConfig, Tag("trained")] | Annotated[ImportedConfig, Tag("imported")], Discriminator(_origin)
+    ]
     llc: CurveConfig
     stages: StageConfig
     analyses: AnalysesConfig
+
+    @model_validator(mode="after")
+    def _reference_can_be_trained(self) -> Self:
+        if isinstance(self.train, ImportedConfig) and any(one.reference_layers for one in self.llc.refinements):
+            raise ValueError(f"an imported run trains nothing, so remove the refinement {REFERENCE!r}")
+        return self
 
     def with_sampling(self, sampling: LLCConfig) -> "RunConfig":
         """The same experiment with other sampling settings; the control localization moves along."""
@@ -213,6 +256,7 @@ class RunConfig(Settings):
 
     def as_reference(self, n_layers: int) -> "RunConfig":
         """The same training of a model with so many layers, of which only the end is kept."""
+        assert isinstance(self.train, TrainConfig)  # an imported run has no reference
         train = self.train.model_copy(update={"n_checkpoints": None, "checkpoints": (0, self.train.n_steps)})
         changes = {"name": f"{self.name}-reference", "model": self.model.model_copy(update={"n_layers": n_layers})}
         curve = self.llc.model_copy(update={"components": ("model",), "refinements": ()})
@@ -284,7 +328,8 @@ def _one_sentence(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
         path = problem["loc"]
-        path = (*path[:1], *path[2:]) if path[:1] == ("task",) else path  # after "task" stands the kind of task
+        # After "task" and "train" stands which kind of it was read.
+        path = (*path[:1], *path[2:]) if path[:1] in (("task",), ("train",)) else path
         key = ".".join(str(part) for part in path) or "settings"
         if problem["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}; remove it or correct its spelling")

@@ -2,9 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
@@ -45,7 +47,7 @@ def model_from_parameters(config: ModelConfig, split: Split, parameters: Mapping
     model = _construct(config, split)
     own = dict(model.named_parameters())
     if own.keys() != parameters.keys():
-        missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+        missing, unknown = _few(own.keys() - parameters.keys()), _few(parameters.keys() - own.keys())
         raise CheckpointError(f"parameters do not fit the model: missing {missing}, unknown {unknown}")
     with torch.no_grad():
         for name, parameter in own.items():
@@ -56,6 +58,11 @@ def model_from_parameters(config: ModelConfig, split: Split, parameters: Mapping
                 )
             parameter.copy_(parameters[name])
     return model
+
+
+def _few(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return f"{found}" if len(found) <= 4 else f"{found[:3]} and {len(found) - 3} more"
 
 
 def example_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -138,30 +145,79 @@ def chance_loss(model: HookedTransformer) -> float:
     return math.log(model.cfg.d_vocab_out)
 
 
+def fitted(config: ModelConfig, split: Split) -> ModelConfig:
+    """The shape with nothing left to the task: n_ctx, d_vocab, d_vocab_out and rotary_dim as numbers.
+
+    Raises:
+        ConfigError: the task has longer rows or more tokens than the model takes.
+    """
+    rotary = config.positional_embedding_type == "rotary"
+    sizes = {
+        "n_ctx": config.n_ctx or split.train.tokens.shape[1],
+        "d_vocab": config.d_vocab or len(split.labels),
+        "d_vocab_out": config.d_vocab_out or config.d_vocab or split.n_classes,
+    }
+    needed = (split.train.tokens.shape[1], len(split.labels), split.n_classes)
+    for (name, size), needs in zip(sizes.items(), needed, strict=True):
+        if size < needs:
+            raise ConfigError(f"model.{name} is {size} and the task needs {needs}; choose a task that fits the model")
+    return config.model_copy(update=sizes | {"rotary_dim": (config.rotary_dim or config.d_head) if rotary else None})
+
+
+def shape_of(settings: Mapping[str, Any]) -> ModelConfig:
+    """The shape that describes a HookedTransformer whose config has these entries (`cfg.to_dict()`).
+
+    Raises:
+        ConfigError: it has a feature that no setting describes, named with its value.
+    """
+    known = {name: settings[name] for name in ModelConfig.model_fields if name in settings}
+    if settings.get("attn_only"):
+        known |= {"d_mlp": None, "act_fn": "relu"}  # both unused
+    if known.get("positional_embedding_type") != "rotary":
+        known["rotary_dim"] = None
+    try:
+        shape = ModelConfig.model_validate(known)
+        plain = vars(_hooked_config(shape))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"[model] cannot describe {name} = {first['input']!r}: {first['msg']}") from None
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"no HookedTransformer has these settings: {error}") from None
+    for name, value in settings.items():
+        usual = value == plain[name] if name in plain else value in (None, False)
+        if not (usual or name in known or name in NO_MATTER):
+            raise ConfigError(f"the model has {name} = {value!r}, which no setting of [model] describes")
+    return shape
+
+
+# Entries of a HookedTransformerConfig that do not change what a model computes from tokens.
+NO_MATTER = {
+    "model_name", "original_architecture", "tokenizer_name", "tokenizer_prepends_bos", "default_prepend_bos",
+    "device", "n_devices", "dtype", "seed", "init_mode", "init_weights", "initializer_range", "n_params",
+    "from_checkpoint", "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "use_attn_result",
+    "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens", "tie_word_embeddings",
+    "trust_remote_code",
+}  # fmt: skip
+
+
 def _construct(config: ModelConfig, split: Split) -> HookedTransformer:
-    if config.positional_embedding_type == "rotary" and config.d_head % 2:
-        raise ConfigError(f"rotary positions need an even d_head, got {config.d_head}")
+    shape = fitted(config, split)
+    if shape.rotary_dim is not None and (shape.rotary_dim % 2 or shape.rotary_dim > shape.d_head):
+        name = "d_head" if config.rotary_dim is None else "rotary_dim of at most d_head"
+        raise ConfigError(f"rotary positions need an even {name}, got {shape.rotary_dim}")
     with warnings.catch_warnings():
         # The class is deprecated in 3.x and gone in 4.x: the pin in pyproject.toml is deliberate.
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(
-            HookedTransformerConfig(
-                n_layers=config.n_layers,
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                d_head=config.d_head,
-                d_mlp=config.d_mlp,
-                attn_only=config.d_mlp is None,
-                act_fn=config.act_fn,
-                normalization_type=config.normalization_type,
-                positional_embedding_type=config.positional_embedding_type,
-                rotary_dim=config.d_head if config.positional_embedding_type == "rotary" else None,
-                n_ctx=split.train.tokens.shape[1],
-                d_vocab=len(split.labels),
-                d_vocab_out=split.n_classes,
-                default_prepend_bos=False,
-                init_weights=False,
-                device="cpu",
-            )
-        )
+        model = HookedTransformer(_hooked_config(shape))
     return model.eval()
+
+
+def _hooked_config(shape: ModelConfig) -> HookedTransformerConfig:
+    return HookedTransformerConfig(
+        **shape.model_dump(exclude={"init_std"}),
+        attn_only=shape.d_mlp is None,
+        default_prepend_bos=False,
+        init_weights=False,
+        device="cpu",
+    )

@@ -4,6 +4,7 @@ Every step reads what an earlier run of it left in the run directory, so a run t
 on where it stopped and ends in the same bits. Analyses take the `Study` from here; see `analyses`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,19 @@ from joblib import cpu_count
 from mechgrok import seeds
 from mechgrok.calibration import Calibration
 from mechgrok.components import expand_names
-from mechgrok.config import REFERENCE, LLCConfig, RefinementConfig, RunConfig, load_config
+from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RefinementConfig, RunConfig, load_config
 from mechgrok.errors import ConfigError, RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
 from mechgrok.llc.curve import Unit, assemble_curve, estimate_units, with_company
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model, with_drawn_targets
+from mechgrok.outside.find import open_source
+from mechgrok.outside.sources import check_fits
 from mechgrok.schedule import check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
-from mechgrok.train import load_trajectory, train
+from mechgrok.train import import_trajectory, load_trajectory, train
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
@@ -77,6 +80,53 @@ def train_only(
     directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
         return train(directory, split, lambda done, total: progress("training", done, total))
+
+
+def import_run(
+    source: str, config: str | Path | RunConfig, out: str | Path | None = None, progress: Progress = silent
+) -> Trajectory:
+    """A run of checkpoints that were trained elsewhere, in place of training; `run` and the rest go on from it.
+
+    Args:
+        source: see `mechgrok.outside.find`. config: settings whose [train] is `source = "imported"` with the steps.
+
+    Raises:
+        ConfigError, CheckpointError, RunDirectoryError: what is missing or does not fit.
+    """
+    config = load_config(config)
+    if not isinstance(config.train, ImportedConfig):
+        raise ConfigError('[train] of the config describes training; for an import it is source = "imported" and steps')
+    split = make_split(config.task, config.seed)
+    component_names(config, split)
+    check_data(config, split)
+    found = open_source(source)
+    check_fits(found, config.model, split, config.train.checkpoints)
+    directory = RunDirectory.create(out or Path("runs") / config.name, config)
+    with directory.locked():
+        directory.write_json("import.json", {"kind": found.kind, "source": found.name})
+        return import_trajectory(directory, split, found, lambda done, total: progress("importing", done, total))
+
+
+def import_template(source: str) -> RunConfig:
+    """Settings to begin with for an import: model and steps of the source, the rest from the preset heads-planted.
+
+    Raises:
+        ConfigError: as `open_source`, or the source does not tell the model's shape.
+    """
+    found, base = open_source(source), load_config("heads-planted")
+    shape = found.shape(found.steps[-1])
+    if shape is None:
+        raise ConfigError(f"{source} has no config.json; save `cfg.to_dict()` as that, or write [model] by hand")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name).strip("-") or "imported"
+    refinements = tuple(one for one in base.llc.refinements if one.reference_layers is None)
+    return base.model_copy(
+        update={
+            "name": name,
+            "model": shape,
+            "train": ImportedConfig(source="imported", checkpoints=found.steps),
+            "llc": base.llc.model_copy(update={"refinements": refinements}),
+        }
+    )
 
 
 def load_study(path: str | Path) -> Study:
@@ -185,7 +235,8 @@ def with_reference(directory: RunDirectory, split: Split, make: Callable[[RunDir
     for refinement in config.llc.refinements:
         if refinement.reference_layers is not None:
             own = RunDirectory.create(directory.path / REFERENCE, config.as_reference(refinement.reference_layers))
-            model = make(own, split).model_at(config.train.n_steps)
+            trained = make(own, split)
+            model = trained.model_at(trained.steps[-1])
             rng = seeds.stream(config.seed, REFERENCE, "targets")
             drawn = with_drawn_targets(model, sampled_examples(config, split), rng)
             return replace(split, distributions={**split.distributions, REFERENCE: drawn})

@@ -2,6 +2,7 @@
 
     config.toml                     the run's settings; another configuration is refused
     checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
+    import.json                     where imported checkpoints came from
     training/state.safetensors      parameters and AdamW moments, to resume from
     llc/localization-<gamma>-step-size-<epsilon>/<component>/step-00000100.safetensors   losses [chain, draw];
                                     metadata: the estimate

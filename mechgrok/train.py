@@ -1,4 +1,7 @@
-"""Task and config to a Trajectory: AdamW, checkpoints at given steps or on a log scale, resumable at each."""
+"""Task and config to a Trajectory: AdamW, checkpoints at given steps or on a log scale, resumable at each.
+
+Or from checkpoints that were trained elsewhere, which are brought into the run once.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,9 +12,10 @@ import torch
 from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
-from mechgrok.config import TrainConfig
-from mechgrok.errors import ConfigError
+from mechgrok.config import ImportedConfig, TrainConfig
+from mechgrok.errors import CheckpointError, ConfigError, RunDirectoryError
 from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
+from mechgrok.outside.sources import Source
 from mechgrok.reproducible import matmul_precision, reproducible
 from mechgrok.store import RunDirectory
 from mechgrok.types import CheckpointMetrics, Split, Trajectory
@@ -19,10 +23,10 @@ from mechgrok.types import CheckpointMetrics, Split, Trajectory
 Progress = Callable[[int, int], None]  # (done, total)
 
 
-def planned_steps(config: TrainConfig) -> tuple[int, ...]:
+def planned_steps(config: TrainConfig | ImportedConfig) -> tuple[int, ...]:
     """The steps at which checkpoints are kept."""
-    if config.checkpoints is not None:
-        return config.checkpoints
+    if isinstance(config, ImportedConfig) or config.checkpoints is not None:
+        return config.checkpoints or ()
     assert config.n_checkpoints is not None  # the config has one or the other
     return checkpoint_steps(config.n_steps, config.n_checkpoints)
 
@@ -46,19 +50,59 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
 
     The loss is the mean over the batch, in float64; the batch of a step is drawn with replacement from the
     stream (seed, "batch", step). The state of the optimizer is written with each checkpoint, and steps are
-    deterministic, so a killed run goes on from the last checkpoint to the same bits.
+    deterministic, so a killed run goes on from the last checkpoint to the same bits. An imported run trains
+    nothing: it is loaded.
     """
-    config = run.config
-    steps = planned_steps(config.train)
-    if not all(run.has_checkpoint(step) for step in steps):
-        with reproducible(config.train.n_threads), matmul_precision("float32"):
-            _train_to_the_end(run, split, steps, progress)
+    config = run.config.train
+    steps = planned_steps(config)
+    if isinstance(config, TrainConfig) and not all(run.has_checkpoint(step) for step in steps):
+        with reproducible(config.n_threads), matmul_precision("float32"):
+            _train_to_the_end(run, split, config, steps, progress)
+    return load_trajectory(run, split)
+
+
+def import_trajectory(
+    run: RunDirectory, split: Split, source: Source, progress: Progress = lambda done, total: None
+) -> Trajectory:
+    """Bring the checkpoints of `source` into an imported run, with their losses on the task's data.
+
+    A checkpoint that is there already must be the same, as estimates may have been made of it.
+
+    Raises:
+        CheckpointError: one that cannot be read, does not fit the config, or has no finite loss.
+        RunDirectoryError: the run holds another one at that step.
+    """
+    config, steps = run.config, planned_steps(run.config.train)
+    with reproducible(config.llc.n_threads), matmul_precision("float32"):
+        for done, step in enumerate(steps):
+            progress(done, len(steps))
+            model = source.model_at(step, config.model, split)
+            parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            if run.has_checkpoint(step):
+                present, _ = run.read_checkpoint(step)
+                if any(not torch.equal(present[name], parameters[name]) for name in parameters):
+                    raise RunDirectoryError(
+                        f"{run.path} holds another checkpoint at step {step} than {source.name}; choose another --out"
+                    )
+                continue
+            metrics = _metrics(model, split, step, config.llc.n_examples is None)
+            if not math.isfinite(metrics.train_loss):
+                raise CheckpointError(f"the loss of {source.name} at step {step} is not finite; leave that step out")
+            run.write_checkpoint(parameters, metrics)
+        progress(len(steps), len(steps))
     return load_trajectory(run, split)
 
 
 def load_trajectory(run: RunDirectory, split: Split) -> Trajectory:
-    """The trajectory of a trained run. Raises CheckpointError if a checkpoint is missing or damaged."""
+    """The trajectory of a trained or imported run. Raises CheckpointError if a checkpoint is missing or damaged."""
     steps = planned_steps(run.config.train)
+    if isinstance(run.config.train, ImportedConfig):
+        missing = [step for step in steps if not run.has_checkpoint(step)]
+        if missing:
+            raise CheckpointError(
+                f"{run.path} lacks the imported checkpoint of step {', '.join(map(str, missing[:8]))}; "
+                f"run `mechgrok import SOURCE --config {run.path / 'config.toml'} --out {run.path}`"
+            )
     metrics = tuple(run.read_checkpoint(step)[1] for step in steps)
     return Trajectory(run.config, metrics, partial(_load_model, run, split))
 
@@ -67,8 +111,9 @@ def _load_model(run: RunDirectory, split: Split, step: int) -> HookedTransformer
     return model_from_parameters(run.config.model, split, run.read_checkpoint(step)[0])
 
 
-def _train_to_the_end(run: RunDirectory, split: Split, steps: tuple[int, ...], progress: Progress) -> None:
-    config = run.config.train
+def _train_to_the_end(
+    run: RunDirectory, split: Split, config: TrainConfig, steps: tuple[int, ...], progress: Progress
+) -> None:
     columns = split.train.tensors
     model = build_model(run.config.model, split, run.config.seed)
     optimizer = torch.optim.AdamW(

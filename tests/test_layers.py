@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"types", "calibration", "errors", "seeds", "task_config", "config", "reproducible"},
     {"model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
-    {"replicas", "tasks"},
+    {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
     {"pipeline"},
 ]
