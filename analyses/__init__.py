@@ -15,8 +15,8 @@ REGISTRY = (
 )  # fmt: skip
 
 
-def run(name: str, study: "Study") -> "Report":
+def run(name: str, study: "Study", n_workers: int = 1) -> "Report":
     """See `analyses.contract.run`."""
     from analyses import contract  # it imports TransformerLens, which takes seconds
 
-    return contract.run(name, study)
+    return contract.run(name, study, n_workers)

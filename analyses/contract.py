@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -14,9 +15,11 @@ from mechgrok import seeds
 from mechgrok.config import RunConfig
 from mechgrok.errors import AnalysisError
 from mechgrok.model import build_model
+from mechgrok.reproducible import reproducible
+from mechgrok.schedule import each_result
 from mechgrok.stages import place_stages, smooth, usable_points
 from mechgrok.tasks import make_split
-from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study
+from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study, Trajectory
 
 Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
 Relation = Literal[">=", "<="]
@@ -71,13 +74,16 @@ def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dic
     return prepare(model, split) if prepare else {}
 
 
-def run(name: str, study: Study) -> Report:
+def run(name: str, study: Study, n_workers: int = 1) -> Report:
     """Measure every checkpoint, conclude, and score each claim against randomly placed stages.
 
     The null keeps the number of stages and draws their boundaries uniformly on log(1 + step),
     `study.config.analyses.n_null` times. A claim's `null_quantile` is the share of placements
     whose value is less in its favour, ties counted half, among those in which it can be evaluated
     (a random placement may have no falling stage).
+
+    Args:
+        n_workers: processes that measure checkpoints; the report does not depend on it.
 
     Raises:
         AnalysisError: an unknown analysis, or one that does not apply to the study's task.
@@ -88,17 +94,29 @@ def run(name: str, study: Study) -> Report:
         raise AnalysisError(f"analysis {name!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
     final = study.trajectory.model_at(study.trajectory.steps[-1])
     facts = _prepared(analysis, final, study.split)
-    rows = [
-        analysis.measure(model, study.split, seeds.stream(study.config.seed, "analysis", name, step), facts)
-        for step, model in study.trajectory
-    ]
     steps = np.array(study.trajectory.steps)
+    work = partial(_measure, name, study.trajectory, study.split, facts)
+    shares = [study.trajectory.steps[first::n_workers] for first in range(n_workers)]
+    found = {step: row for rows in each_result(work, shares, n_workers) for step, row in rows.items()}
+    rows = [found[step] for step in study.trajectory.steps]
     series = {key: np.array([np.asarray(row[key]) for row in rows]) for key in rows[0]}
     derive = getattr(analysis, "derive", None)
     rng = np.random.default_rng(seeds.derive(study.config.seed, "derive", name))
     derived = derive({"step": steps, **series}, study.curve, facts, rng) if derive else {}
     claims = score(analysis, {"step": steps, **series, **derived}, study)
     return Report(name, steps, series, claims, facts, derived)
+
+
+def _measure(
+    name: str, trajectory: Trajectory, split: Split, facts: Mapping[str, Any], steps: Sequence[int]
+) -> dict[int, Mapping[str, np.ndarray | float]]:
+    """The analysis' measurements at some steps."""
+    config, measure = trajectory.config, load(name).measure
+    with reproducible(config.llc.n_threads):
+        return {
+            step: measure(trajectory.model_at(step), split, seeds.stream(config.seed, "analysis", name, step), facts)
+            for step in steps
+        }
 
 
 def score(analysis: Analysis, series: Series, study: Study) -> tuple[Claim, ...]:

@@ -55,7 +55,7 @@ def run(
             contract.check(name, config)  # refused before hours of work
         progress("starting", 1, 1)
         study = pipeline.run(config, out_dir, workers, progress, scheduler)
-        reports = _analyse(study, study.config.analyses.names, progress)
+        reports = _analyse(study, study.config.analyses.names, progress, workers)
         path = _write_report(study, reports, out_dir or Path("runs") / study.config.name)
     _print_stages(study.stages)
     for report in reports:
@@ -249,7 +249,11 @@ def _load(run_dir: Path, progress: Callable[[str, int, int], None]) -> "Study":
     return pipeline.load_study(run_dir)
 
 
-def _analyse(study: "Study", names: Sequence[str], progress: Callable[[str, int, int], None]) -> list["Report"]:
+def _analyse(
+    study: "Study", names: Sequence[str], progress: Callable[[str, int, int], None], workers: int | None = None
+) -> list["Report"]:
+    from joblib import cpu_count
+
     import analyses
     from analyses import contract
 
@@ -258,7 +262,7 @@ def _analyse(study: "Study", names: Sequence[str], progress: Callable[[str, int,
     reports = []
     for done, name in enumerate(names):
         progress("analysing", done, len(names))
-        reports.append(analyses.run(name, study))
+        reports.append(analyses.run(name, study, workers or cpu_count()))
     progress("analysing", len(names), len(names))
     return reports
 

@@ -85,7 +85,7 @@ class PlantedLanguageConfig(Settings):
     n_successors: PositiveInt
     noise: Rate
     rates: MechanismRates
-    distributions: dict[str, MechanismRates]
+    distributions: dict[str, MechanismRates] = {}
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

@@ -16,9 +16,15 @@ from tests.oracles import tiny_config
 from tests.test_stages import PEAK, STEPS, X, hump
 
 
-@pytest.mark.parametrize("name", analyses.REGISTRY)
-def test_every_analysis_keeps_the_contract(name: str, tiny_run: tuple) -> None:
-    study: Study = tiny_run[1]
+@pytest.fixture(params=analyses.REGISTRY)
+def applied(request: pytest.FixtureRequest) -> tuple[str, Study]:
+    """Every analysis, with a tiny study of a task that it applies to."""
+    language = "planted-language" in contract.load(request.param).TASKS
+    return request.param, request.getfixturevalue("language_run" if language else "tiny_run")[1]
+
+
+def test_every_analysis_keeps_the_contract(applied: tuple[str, Study]) -> None:
+    name, study = applied
     model = study.trajectory.model_at(study.trajectory.steps[-1])
     study = replace(study, trajectory=replace(study.trajectory, load=lambda step: model))
     before = {key: q.detach().clone() for key, q in model.named_parameters()}
@@ -36,18 +42,24 @@ def test_every_analysis_keeps_the_contract(name: str, tiny_run: tuple) -> None:
     assert all(torch.equal(q, before[key]) for key, q in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", analyses.REGISTRY)
-def test_without_stages_no_claim_holds(name: str, tiny_run: tuple) -> None:
-    report = analyses.run(name, replace(tiny_run[1], stages=()))
+def test_the_report_does_not_depend_on_the_number_of_workers(language_run: tuple) -> None:
+    one, two = (analyses.run("multigrams", language_run[1], n_workers=n) for n in (1, 2))
+    assert [repr(claim) for claim in one.claims] == [repr(claim) for claim in two.claims]
+    for key, values in one.series.items():
+        np.testing.assert_array_equal(values, two.series[key])
+
+
+def test_without_stages_no_claim_holds(applied: tuple[str, Study]) -> None:
+    name, study = applied
+    report = analyses.run(name, replace(study, stages=()))
     assert report.claims
     for claim in report.claims:
         assert (claim.stage, claim.holds, claim.null_quantile) == ("none", False, None)
 
 
-@pytest.mark.parametrize("name", analyses.REGISTRY)
-def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(name: str, tiny_run: tuple) -> None:
+def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(applied: tuple[str, Study]) -> None:
     """The same untrained model at every step, under stages that were planted: no gain can hold."""
-    study: Study = tiny_run[1]
+    name, study = applied
     first = study.trajectory.model_at(0)
     steps = np.array(study.trajectory.steps)
     rise_and_fall = np.minimum(np.arange(len(steps)), 5.0)[None] - 2 * np.maximum(np.arange(len(steps)) - 4.0, 0)[None]
