@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that test; each uses one torch thread, so that they do not fight for the cores.
 JOBS ?= 2
 
-.PHONY: run test test-fast lint fix check regression bench bench-job bench-accuracy bench-calibration clean
+.PHONY: run test test-fast lint fix check regression bench bench-job bench-accuracy bench-heads bench-calibration clean
 
 run: .venv/installed
 	$(BIN)/mechgrok run modular-addition
@@ -42,6 +42,10 @@ bench-job: .venv/installed
 # Known learning coefficients, per sampler and beside devinterp, and the coverage of the error bars: under 20 minutes.
 bench-accuracy: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy --write docs/accuracy.md
+
+# Three seeds of heads-planted and of its control: about an hour.
+bench-heads: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.head_seeds --write docs/heads-seeds.md
 
 # What `calibrate` recommends on four kinds of problem.
 bench-calibration: .venv/installed
