@@ -1,0 +1,292 @@
+"""Circuits of two heads: what the path from an earlier head to a later one costs, and which pairs do induction.
+
+A pair is named "L0H3 -> L1H5". Losses are in nats. Standard errors are over examples, as the positions of one row are
+not independent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from mechgrok.components import HEAD_NAME
+from mechgrok.errors import ComponentError
+from mechgrok.measures.ablation import AblationKind, permutation, replacement
+from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attention_scores, prefix_matching
+from mechgrok.measures.composition import composition_scores
+from mechgrok.measures.head_types import SURE, strong_heads
+from mechgrok.measures.in_context import target_losses
+from mechgrok.measures.path_ablation import INPUTS, CleanRun, Head, Input, clean_run, path_ablation
+from mechgrok.model import FwdHook, scored_logits
+from mechgrok.types import Examples
+
+Pair = tuple[Head, Head]  # the earlier head, the later head
+
+PATH_NATS = 0.01  # a circuit's path costs as much; a tenth of what an induction head must do, as it has several senders
+MAX_PAIRS = 256  # whose paths are ablated in a search; all of them for two layers of sixteen heads
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """A mean over positions, and how much each example moves it: its sum of squares is the variance.
+
+    So the difference of two means over the same examples has the shifts' difference: `a.less(b)`.
+    shifts: Float64[example].
+    """
+
+    value: float
+    shifts: Tensor
+
+    @property
+    def error(self) -> float:
+        """Standard error over examples; NaN for a single one."""
+        n = len(self.shifts)
+        return float((self.shifts.square().sum() * n / (n - 1)).sqrt()) if n > 1 else float("nan")
+
+    def less(self, other: "WeightedMean") -> "WeightedMean":
+        """This mean less another over the same examples."""
+        return WeightedMean(self.value - other.value, self.shifts - other.shifts)
+
+    def lower(self) -> float:
+        """The lower end of the 95 % interval."""
+        return self.value - 1.96 * self.error
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> WeightedMean:
+    """Mean of values over positions by weight, with the error of a ratio whose examples are independent.
+
+    mean = sum(w x) / sum(w), shift of example i = sum over its positions of w (x - mean) / sum(w). NaN without weight.
+
+    Args:
+        values, weights: [example, scored].
+    """
+    weights = weights.double()
+    total = weights.sum()
+    mean = (values * weights).sum() / total
+    return WeightedMean(float(mean), (weights * (values - mean)).sum(1) / total)
+
+
+def head_name(head: Head) -> str:
+    """ "L0H3"."""
+    return f"L{head[0]}H{head[1]}"
+
+
+def head_of(name: str) -> Head:
+    """The head by name. Raises ComponentError for another text."""
+    match = HEAD_NAME.fullmatch(name)
+    if match is None:
+        raise ComponentError(f'a head reads "L0H3", got {name!r}; name its layer and its place there')
+    return int(match[1]), int(match[2])
+
+
+def pair_name(pair: Pair) -> str:
+    """ "L0H3 -> L1H5"."""
+    return " -> ".join(map(head_name, pair))
+
+
+def pair_of(name: str) -> Pair:
+    """The heads of a pair by name. Raises ComponentError for another text."""
+    sender, _, receiver = name.partition(" -> ")
+    return head_of(sender), head_of(receiver)
+
+
+def all_pairs(model: HookedTransformer) -> list[Pair]:
+    """Every head with every head of a later layer, ordered by the earlier head, then the later."""
+    heads = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads)))
+    return [(sender, receiver) for sender in heads for receiver in heads if sender[0] < receiver[0]]
+
+
+def path_effect(
+    model: HookedTransformer, examples: Examples, pair: Pair, inputs: Sequence[Input], clean: CleanRun
+) -> WeightedMean:
+    """Increase of the mean loss when the path is mean-ablated, see `path_ablation`."""
+    no_draw = torch.Generator()  # mean ablation draws nothing
+    increase = path_ablation(model, examples, *pair, inputs, "mean", no_draw, clean)
+    return weighted_mean(increase, examples.tensors[2])
+
+
+@torch.no_grad()
+def joint_ablation(
+    model: HookedTransformer,
+    examples: Examples,
+    heads: Sequence[Head],
+    kind: AblationKind,
+    rng: torch.Generator,
+    clean: CleanRun,
+) -> WeightedMean:
+    """Increase of the mean loss when all these heads are ablated at once, each as in `ablation.head_ablations`.
+
+    Heads that stand in for each other cost little one by one, and much together.
+    """
+    tokens, targets, weights = examples.tensors
+    hooks: list[FwdHook] = []
+    for layer, head in heads:
+        others = permutation(kind, len(examples), rng)
+
+        def replace(z: Tensor, hook: HookPoint, head: int = head, others: Tensor | None = others) -> Tensor:
+            z = z.clone()
+            z[:, :, head] = replacement(kind, z[:, :, head], others)
+            return z
+
+        hooks.append((f"blocks.{layer}.attn.hook_z", replace))
+    losses = target_losses(scored_logits(model, tokens, targets.shape[1], hooks), targets)
+    return weighted_mean(losses - clean.losses, weights)
+
+
+@torch.no_grad()
+def layer_path_effects(
+    model: HookedTransformer, examples: Examples, sender: int, receiver: int, heads: Sequence[int], clean: CleanRun
+) -> Tensor:
+    """Increase of every position's loss, Float64[example, scored], when all heads of the sending layer are mean-ablated
+    for these heads of a later layer at once, and for no other.
+
+    Through queries, keys and values; all else sees the clean stream. Single paths can cancel, or stand in for each
+    other, and then their sum says little. It equals `path_ablation` where one head alone sends (a test holds them
+    equal): the later layer runs on the changed stream, and its queries, keys and values are put into a clean run.
+    """
+    tokens, targets, _ = examples.tensors
+    z = clean.z[sender]
+    delta = torch.einsum("bphd,hdm->bpm", z.mean(0, keepdim=True) - z, model.W_O[sender])
+    names = [f"blocks.{receiver}.attn.hook_{letter}" for letter in INPUTS]
+    changed: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        changed[str(hook.name)] = value
+
+    def add(resid: Tensor, hook: HookPoint) -> Tensor:
+        return resid + delta
+
+    read: list[Any] = [(f"blocks.{receiver}.hook_resid_pre", add), *((name, keep) for name in names)]
+    model.run_with_hooks(tokens, stop_at_layer=receiver + 1, fwd_hooks=read)
+
+    def put(value: Tensor, hook: HookPoint) -> Tensor:
+        value = value.clone()
+        value[:, :, list(heads)] = changed[str(hook.name)][:, :, list(heads)]
+        return value
+
+    logits = scored_logits(model, tokens, targets.shape[1], [(name, put) for name in names])
+    return target_losses(logits, targets) - clean.losses
+
+
+@torch.no_grad()
+def direct_effects(model: HookedTransformer, examples: Examples, layer: int, clean: CleanRun) -> Tensor:
+    """Increase of every position's loss without what a head tells the logits directly: Float64[head, example, scored].
+
+    The head's z is mean-ablated in the final residual stream alone; all later layers read the clean stream. (The
+    final LayerNorm sees the change.)
+    """
+    tokens, targets, _ = examples.tensors
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    effects = []
+    for head in range(model.cfg.n_heads):
+        own = clean.z[layer][:, :, head]
+        delta = (replacement("mean", own, None) - own) @ model.W_O[layer, head]
+
+        def add(resid: Tensor, hook: HookPoint, delta: Tensor = delta) -> Tensor:
+            return resid + delta[:, -resid.shape[1] :]  # the unscored positions may be gone
+
+        logits = scored_logits(model, tokens, targets.shape[1], [(last, add)])
+        effects.append(target_losses(logits, targets) - clean.losses)
+    return torch.stack(effects)
+
+
+@dataclass(frozen=True)
+class InductionScores:
+    """What speaks for a pair: scores of its heads and their K-composition as multiples of chance, and whether each is
+    beyond doubt.
+
+    sender, receiver: AttentionScores of all heads. composition: Float64[layer, head, layer, head], NaN as in
+    `CompositionScores`. composes: Bool of that shape.
+    """
+
+    n_heads: int
+    sender: AttentionScores
+    receiver: AttentionScores
+    composition: Tensor
+    composes: Tensor
+
+    def of(self, pair: Pair) -> tuple[float, float, float]:
+        """(previous-token score of the first, prefix matching of the second, K-composition), times chance."""
+        first, second = (layer * self.n_heads + head for layer, head in pair)
+        sender, receiver = self.sender.times_chance[first], self.receiver.times_chance[second]
+        return float(sender), float(receiver), float(self.composition[(*pair[0], *pair[1])])
+
+    def looks_back(self, head: Head) -> bool:
+        """It is surely a previous-token head on random tokens."""
+        return bool(strong_heads(self.sender)[head[0] * self.n_heads + head[1]])
+
+    def matches(self, head: Head) -> bool:
+        """It surely matches prefixes."""
+        return bool(strong_heads(self.receiver)[head[0] * self.n_heads + head[1]])
+
+    def composed(self, pair: Pair) -> bool:
+        """Their K-composition is SURE spreads above that of random matrices."""
+        return bool(self.composes[(*pair[0], *pair[1])])
+
+
+def induction_scores(model: HookedTransformer, repeats: RepeatedTokens, rng: torch.Generator) -> InductionScores:
+    """Previous-token attention on the repeated random tokens, prefix matching, and K-composition of every pair."""
+    composition = composition_scores(model, rng)["K"]
+    return InductionScores(
+        n_heads=model.cfg.n_heads,
+        sender=attention_scores(model, repeats.examples)["previous-token"],
+        receiver=prefix_matching(model, repeats),
+        composition=composition.times_chance,
+        composes=composition.scores - composition.chance > SURE * composition.spread,
+    )
+
+
+@dataclass(frozen=True)
+class PairEvidence:
+    """One pair in the search for induction circuits. k_effect: what its K path costs on the repeats, nats."""
+
+    pair: Pair
+    looks_back: bool
+    matches: bool
+    composes: bool
+    k_effect: WeightedMean
+
+    @property
+    def costs(self) -> bool:
+        """The K path costs PATH_NATS, and is SURE standard errors from costing nothing."""
+        return self.k_effect.value >= max(PATH_NATS, SURE * self.k_effect.error)
+
+    @property
+    def found(self) -> bool:
+        """Scores, composition and path ablation agree."""
+        return self.looks_back and self.matches and self.composes and self.costs
+
+
+def induction_search(
+    model: HookedTransformer, repeats: RepeatedTokens, rng: torch.Generator
+) -> tuple[PairEvidence, ...]:
+    """Every pair with the evidence for and against its being an induction circuit, in the order of `all_pairs`.
+
+    A circuit is a pair of which all four are true. The rules are ours: the sender attends to the previous token and the
+    receiver matches prefixes (both by `strong_heads`, on repeated random tokens), the receiver's keys read what the
+    sender writes more than random matrices would (SURE spreads), and mean ablation of the sender in the receiver's keys
+    alone raises the loss on the second copies (by PATH_NATS and SURE standard errors).
+
+    Of a model of more than MAX_PAIRS pairs, those of the largest product of the two attention scores are searched.
+    """
+    scores = induction_scores(model, repeats, rng)
+    pairs = all_pairs(model)
+    if len(pairs) > MAX_PAIRS:
+        best = sorted(pairs, key=lambda pair: -scores.of(pair)[0] * scores.of(pair)[1])[:MAX_PAIRS]
+        pairs = sorted(best)
+    clean = clean_run(model, repeats.examples)
+    return tuple(
+        PairEvidence(
+            pair=pair,
+            looks_back=scores.looks_back(pair[0]),
+            matches=scores.matches(pair[1]),
+            composes=scores.composed(pair),
+            k_effect=path_effect(model, repeats.examples, pair, ("k",), clean),
+        )
+        for pair in pairs
+    )
