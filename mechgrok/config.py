@@ -59,6 +59,7 @@ class TrainConfig(Settings):
     batch_size: rows of a step, each drawn uniformly from the training examples; None: all of them, in every step.
     max_grad_norm: gradients longer than this are shortened to it; None: never.
     n_checkpoints: that many, evenly spaced on log(1 + step); or checkpoints: these steps.
+    device: where steps and metrics are computed. Batches hold the same rows on both; the bits of the losses differ.
     """
 
     n_steps: PositiveInt
@@ -70,6 +71,7 @@ class TrainConfig(Settings):
     n_checkpoints: Annotated[int, Field(ge=2)] | None = None
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     n_threads: PositiveInt  # part of the config because the bits of a sum depend on it
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
     def _checkpoints_are_told(self) -> Self:

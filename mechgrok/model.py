@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
@@ -106,6 +107,23 @@ def model_losses(model: HookedTransformer, tokens: Tensor, targets: Tensor, weig
     return example_losses(scored_logits(model, tokens, targets.shape[1]), targets, weights)
 
 
+def batch_loss(model: HookedTransformer, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The mean loss of the examples, for its gradient.
+
+    Beyond BLOCK logits the float64 part is made block by block, and made anew in the backward pass: at the published
+    language models' batches it would take more memory than all the rest.
+    """
+    logits = scored_logits(model, tokens, targets.shape[1])
+    at_once = max(1, BLOCK // logits[0].numel())
+    if len(logits) <= at_once:
+        return example_losses(logits, targets, weights).mean()
+    losses = [
+        checkpoint(example_losses, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(logits.split(at_once), targets.split(at_once), weights.split(at_once), strict=True)
+    ]
+    return torch.cat(losses).mean()
+
+
 @torch.no_grad()
 def evaluate(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[FwdHook] = ()) -> tuple[float, float]:
     """Mean loss in nats, and the share of scored positions whose largest logit is the target."""
@@ -118,9 +136,10 @@ def evaluate(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[F
 
 
 def blocks(model: HookedTransformer, examples: Examples) -> Iterator[tuple[Tensor, ...]]:
-    """`examples.tensors` in blocks of at most BLOCK logits, so that any number of examples fits the memory."""
+    """`examples.tensors` on the model's device, in blocks of at most BLOCK logits, so that any number fits."""
     at_once = max(1, BLOCK // (examples.tensors[1].shape[1] * model.cfg.d_vocab_out))
-    return zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True)
+    for block in zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True):
+        yield tuple(tensor.to(model.W_E.device) for tensor in block)
 
 
 @torch.no_grad()

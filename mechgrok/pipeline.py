@@ -27,7 +27,7 @@ from mechgrok.schedule import check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
-from mechgrok.train import import_trajectory, load_trajectory, train
+from mechgrok.train import check_device, import_trajectory, load_trajectory, train
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
@@ -57,6 +57,7 @@ def run(
     if scheduler is not None:
         check_scheduler(scheduler)
     config = load_config(source)
+    check_device(config.train)
     split = make_split(config.task, config.seed)
     names = component_names(config, split)  # a name that the model lacks is refused before any work
     check_data(config, split)

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from mechgrok import seeds
 from mechgrok.config import ImportedConfig, TrainConfig
 from mechgrok.errors import CheckpointError, ConfigError, RunDirectoryError
-from mechgrok.model import build_model, evaluate, model_from_parameters, model_losses
+from mechgrok.model import batch_loss, build_model, evaluate, model_from_parameters
 from mechgrok.outside.sources import Source
 from mechgrok.reproducible import matmul_precision, reproducible
 from mechgrok.store import RunDirectory
@@ -49,13 +49,17 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
     """Train, or finish training, the model of `run`, and return its trajectory.
 
     The loss is the mean over the batch, in float64; the batch of a step is drawn with replacement from the
-    stream (seed, "batch", step). The state of the optimizer is written with each checkpoint, and steps are
-    deterministic, so a killed run goes on from the last checkpoint to the same bits. An imported run trains
-    nothing: it is loaded.
+    stream (seed, "batch", step), the same rows on every device. The state of the optimizer is written with each
+    checkpoint, and steps are deterministic, so a killed run goes on from the last checkpoint to the same bits.
+    An imported run trains nothing: it is loaded.
+
+    Raises:
+        ConfigError: the device is not there, or training diverged.
     """
     config = run.config.train
     steps = planned_steps(config)
     if isinstance(config, TrainConfig) and not all(run.has_checkpoint(step) for step in steps):
+        check_device(config)
         with reproducible(config.n_threads), matmul_precision("float32"):
             _train_to_the_end(run, split, config, steps, progress)
     return load_trajectory(run, split)
@@ -93,6 +97,14 @@ def import_trajectory(
     return load_trajectory(run, split)
 
 
+def check_device(config: TrainConfig | ImportedConfig) -> None:
+    """Raise ConfigError if the device that is to train is not there."""
+    if isinstance(config, TrainConfig) and config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device is cuda, and this torch sees no such device; install a CUDA build, or set it to cpu"
+        )
+
+
 def load_trajectory(run: RunDirectory, split: Split) -> Trajectory:
     """The trajectory of a trained or imported run. Raises CheckpointError if a checkpoint is missing or damaged."""
     steps = planned_steps(run.config.train)
@@ -116,6 +128,8 @@ def _train_to_the_end(
 ) -> None:
     columns = split.train.tensors
     model = build_model(run.config.model, split, run.config.seed)
+    model.to(config.device, print_details=False)
+    everything = tuple(column.to(config.device) for column in columns) if config.batch_size is None else ()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
     )
@@ -129,13 +143,13 @@ def _train_to_the_end(
             run.write_training_state(step, _state_tensors(model, optimizer))
             progress(step, config.n_steps)
         if step < config.n_steps:
-            batch = columns
+            batch = everything
             if config.batch_size is not None:
                 rng = seeds.stream(run.config.seed, "batch", step)
                 rows = torch.randint(len(split.train), (config.batch_size,), generator=rng)
-                batch = (columns[0][rows], columns[1][rows], columns[2][rows])
+                batch = tuple(column[rows].to(config.device) for column in columns)
             optimizer.zero_grad()
-            model_losses(model, *batch).mean().backward()
+            batch_loss(model, *batch).backward()
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -173,5 +187,5 @@ def _restore(
             keys = [
                 key.split("/")[0] for key in tensors if key.endswith(f"/{name}") and not key.startswith("parameter/")
             ]
-            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in keys}
     return step
