@@ -33,6 +33,7 @@ from mechgrok.measures.in_context import (
     losses_by_kind,
     position_losses,
 )
+from mechgrok.model import chance_loss
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "mechanisms"
@@ -46,16 +47,21 @@ RARE = 1e-4  # the probability of a bigram that the training data lack
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
-    """The kinds of targets, and the mean loss that the training data's bigram table gives on each, nats."""
+    """The kinds of targets, the mean loss that the training data's bigram table gives on each, and that of guessing."""
+    chance = [round(chance_loss(model), 3)]
     table = bigram_table(split.train, model.cfg.d_vocab, model.cfg.d_vocab_out).clamp(min=RARE)
     examples = split.test.first(N_EXAMPLES)
     _, targets, weights = examples.tensors
     losses = -table.log()[examples.tokens[:, -targets.shape[1] :], targets]
     if split.kinds is None:
-        return {"kinds": [], "bigram level": []}
+        return {"kinds": [], "bigram level": [], "chance level": chance}
     kinds = split.kinds[:N_EXAMPLES, -targets.shape[1] :]
     levels = [float(losses[(kinds == index) & (weights > 0)].mean()) for index in range(len(split.kind_names))]
-    return {"kinds": list(split.kind_names), "bigram level": [round(level, 3) for level in levels]}
+    return {
+        "kinds": list(split.kind_names),
+        "bigram level": [round(level, 3) for level in levels],
+        "chance level": chance,
+    }
 
 
 def measure(
@@ -98,24 +104,25 @@ def derive(
     """
     step = series["step"]
     kinds, levels = facts["kinds"], facts["bigram level"]
-    uniform = float(series["loss"][0])
+    (uniform,) = facts["chance level"]
 
-    def gained(name: str, without: float) -> np.ndarray:
-        """Share of what could be gained that is gained: loss from `without` to 0 -> 0 to 1."""
-        return (without - series["by_kind"][:, kinds.index(name)]) / without
+    def gained(name: str) -> np.ndarray:
+        """From what bigrams achieve on the targets of this kind to certainty."""
+        at = kinds.index(name)
+        return _share(series["by_kind"][:, at], levels[at], 0.0)
 
     if kinds:
         bigrams, floor = series["by_kind"][:, kinds.index("bigram")], levels[kinds.index("bigram")]
     else:
         bigrams, floor = series["loss"], float(series["loss"].min())
     progress = {
-        "bigrams": _if_ever((uniform - bigrams) / (uniform - floor), LEARNED),
+        "bigrams": _if_ever(_share(bigrams, uniform, floor), LEARNED),
         "previous token": _if_ever(series["previous token"], ATTENDED),
         "induction": _if_ever(series["induction"], BENEFIT_NATS),
     }
     if kinds:
-        progress["n-grams"] = _if_ever(gained("ngram", levels[kinds.index("ngram")]), LEARNED)
-        progress["skip n-grams"] = _if_ever(gained("skip", levels[kinds.index("skip")]), LEARNED)
+        progress["n-grams"] = _if_ever(gained("ngram"), LEARNED)
+        progress["skip n-grams"] = _if_ever(gained("skip"), LEARNED)
     found = {f"date of {name}": _date(step, values, 0.5) for name, values in progress.items()}
     for name in ORDER:
         found.setdefault(f"date of {name}", np.full(3, np.nan))
@@ -184,6 +191,11 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     axes[2].plot(report.steps, report.series["induction"])
     plotting.developmental_axis(axes[2], study.stages, "gain of the second copy (nats)")
     return {"What the model uses": fig}
+
+
+def _share(losses: np.ndarray, without: float, floor: float) -> np.ndarray:
+    """How much of the way from `without` down to `floor` is gone, 0 to 1; NaN where there is no way to go."""
+    return (without - losses) / (without - floor) if without > floor else np.full(len(losses), np.nan)
 
 
 def _if_ever(values: np.ndarray, least: float) -> np.ndarray:

@@ -30,7 +30,7 @@ def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
         + (f" and {len(mine) - 6} more" if len(mine) > 6 else "")
         for head, mine in zip(heads, found, strict=True)
     ]  # fmt: skip
-    planted = {} if split.language is None else {"planted": split.language.n_multigrams}
+    planted = {} if split.language is None else {"planted": [split.language.n_multigrams]}
     return {"heads": heads, "of the final model": shown, **planted}
 
 
