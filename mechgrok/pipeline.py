@@ -210,6 +210,9 @@ def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
 def check_data(config: RunConfig, split: Split) -> None:
     """Raises ConfigError, before any work, for a batch larger than the data and for a distribution not there."""
     check_batch_size(config.llc.sampling, len(sampled_examples(config, split)))
+    taken = {"llc", REFERENCE} & split.distributions.keys()  # llc.nc, and the data that a reference model makes
+    if config.llc.refinements and taken:
+        raise ConfigError(f"the task's distribution {min(taken)!r} has a name that the run needs itself; rename it")
     for refinement in config.llc.refinements:
         expand_names(build_model(config.model, split, config.seed), refinement.components)
         if refinement.distribution == REFERENCE:

@@ -94,6 +94,9 @@ class PlantedLanguageConfig(Settings):
         # Neighbours occur in one n-gram only; beyond half of all pairs, drawing such n-grams takes for ever.
         if self.n_ngrams * (self.ngram_length - 1) > self.n_plain * (self.n_plain - 1) // 2:
             raise ValueError(f"{self.n_ngrams} n-grams need more distinct pairs than {self.n_plain} plain tokens give")
+        sides = {"train", "test"} & self.distributions.keys()
+        if sides:
+            raise ValueError(f"a distribution cannot be called {min(sides)}: its rows would be those of the split")
         longest = max(rates.repeat_length[1] for rates in (self.rates, *self.distributions.values()))
         if longest >= self.n_ctx:
             raise ValueError(f"repeat_length {longest} does not fit n_ctx {self.n_ctx}")

@@ -215,7 +215,7 @@ def test_a_run_that_begins_late_does_not_take_its_first_loss_for_chance() -> Non
     series = invented(**IN_ORDER)
 
     def since(step: int) -> dict[str, Any]:
-        return derived({name: values[STEP >= step] for name, values in series.items()})
+        return derived({name: values[step <= STEP] for name, values in series.items()})
 
     assert since(16)["date of bigrams"][0] == pytest.approx(derived(series)["date of bigrams"][0])
     assert np.isnan(since(50)["date of bigrams"]).all()

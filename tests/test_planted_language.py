@@ -208,9 +208,7 @@ def test_one_mechanism_alone_begins_at_its_rate() -> None:
     language, length, n = make_language(language_config(), 0), 200, 400
 
     def kinds(**rates: Any) -> tuple[np.ndarray, np.ndarray]:
-        return sample_rows(
-            language, RATES.model_copy(update=NOTHING | rates), n, length, np.random.default_rng(1)
-        )
+        return sample_rows(language, RATES.model_copy(update=NOTHING | rates), n, length, np.random.default_rng(1))
 
     _, found = kinds(ngram=0.2)
     # An n-gram of 4 occupies 4 positions once begun: a cycle is 4 + (1 - .2) / .2 = 8 on average, 2 of it are known.
@@ -350,7 +348,7 @@ def test_any_sizes_give_rows_of_that_shape_with_a_grammar(changes: dict[str, int
     n_ctx, reader = changes["n_ctx"], Reader(of.language)
     for examples, name in ((of.train, "n_train"), (of.test, "n_test"), (of.distributions["other"], "n_refined")):
         assert examples.tokens.shape == (changes[name], n_ctx)
-        assert 0 <= int(examples.tokens.min()) and int(examples.tokens.max()) < of.n_classes
+        assert int(examples.tokens.min()) >= 0 and int(examples.tokens.max()) < of.n_classes
     n_special = 1 + 2 * changes["n_brackets"] + changes["n_skips"] + 1
     assert of.n_classes == len(of.labels) == n_special + changes["n_plain"]
     assert of.language.ngrams.shape == (changes["n_ngrams"], changes["ngram_length"])
@@ -385,6 +383,7 @@ BACKWARDS = RATES.model_dump() | {"repeat_length": (8, 4)}
         ({"ngram_length": 2}, "greater than or equal to 3"),
         ({"n_train": 0}, "greater than 0"),
         ({"noise": 1.5}, "less than or equal to 1"),
+        ({"distributions": {"test": RATES}}, "a distribution cannot be called test"),
         ({"colour": 1}, "Extra inputs are not permitted"),
     ],
 )
