@@ -31,6 +31,8 @@ SCORES = {
     "ablation": "zero ablation (nats)",
     "brackets": "zero ablation on closing brackets (nats)",
     "multigrams": "memorized multigrams",
+    "harm to multigrams": "resample ablation at its multigrams (nats a row)",
+    "harm to repeats": "the same at repeats (nats a row)",
 }
 
 

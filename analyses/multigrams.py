@@ -24,7 +24,7 @@ def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The names of the heads, the final model's multigrams, and how many were planted, where that is known."""
     cfg = model.cfg
     heads = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    found = memorized_on(model, split)
+    found = [of.multigrams for of in memorized_on(model, split)]
     shown = [
         f"{head}: " + (", ".join(_text(one, split.labels) for one in mine[:6]) or "none")
         + (f" and {len(mine) - 6} more" if len(mine) > 6 else "")
@@ -41,7 +41,7 @@ def measure(
 
     The last two are NaN where nothing was planted. Rows and resampled examples are the same at every checkpoint.
     """
-    found = memorized_on(model, split)
+    found = [of.multigrams for of in memorized_on(model, split)]
     every = {one for mine in found for one in mine}
     nan = float("nan")
     against = score(every, split.language) if split.language is not None else None

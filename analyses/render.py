@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from analyses import contract
 from mechgrok import plotting
 from mechgrok.measures.landmarks import landmarks
-from mechgrok.stages import MIN_POINTS, smooth, usable_points
+from mechgrok.stages import MIN_POINTS, smooth, stage_points
 from mechgrok.types import Claim, Report, Stage, Study
 
 SHOWN_TOKENS = 64  # beyond, the widget is too large to look at
@@ -47,7 +47,7 @@ def provenance(study: Study) -> dict[str, str]:
 
 def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
     """Everything in the report as plain JSON values; numbers that are not finite become null."""
-    every = {"main": study.curve, "control": study.curve.control, "finer": study.curve.finer}
+    every = {"main": study.curve, "control": study.curve.control, "finer": study.curve.finer, **study.curve.refined}
     curves = {name: curve for name, curve in every.items() if curve is not None}
     return _plain(
         {
@@ -95,7 +95,7 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
 
 def to_html(study: Study, reports: Sequence[Report]) -> str:
     """The report as one file: figures inlined as SVG, circuitsvis' script once, every text escaped."""
-    enough = usable_points(study.curve).sum() >= MIN_POINTS
+    enough = stage_points(study.curve).sum() >= MIN_POINTS
     fit = smooth(study.curve, study.config.stages, seed=study.config.seed) if enough else None
     llc_figures = {
         "LLC of the whole model, with 95 % intervals; right: the same at the control localization": plotting.llc_figure(
@@ -151,12 +151,14 @@ def summary(study: Study) -> str:
 def health_note(study: Study) -> str:
     """How many estimates are healthy, and how many the stages do without."""
     healthy = study.curve.healthy
-    left_out = int((~healthy[study.curve.row("model")]).sum())
-    usable = int(usable_points(study.curve).sum())
+    mine = healthy[study.curve.row("model")]
+    usable = int(stage_points(study.curve).sum())
+    downhill = int(mine.sum()) - usable
+    surely = f" {downhill} more are surely negative, as their chains ran downhill from w*." if downhill else ""
     few = f" Only {usable} were left, and stages need {MIN_POINTS}." if usable < MIN_POINTS else ""
     return (
         f"{int(healthy.sum())} of {healthy.size} estimates are healthy (crosses are not); "
-        f"{left_out} of the model's were left out when the stages were found.{few}"
+        f"{int((~mine).sum())} of the model's were left out when the stages were found.{surely}{few}"
         f" {int((healthy & study.curve.saturated).sum())} are saturated (open squares): there the loss is so flat at "
         "the localization's scale that the estimate is all but proportional to nbeta. "
         "`mechgrok llc RUN` lists both kinds with what to change."

@@ -230,6 +230,9 @@ class AnalysesConfig(Settings):
     n_null: PositiveInt
 
 
+READ_LATER = ("stages", "analyses")  # sections that say how a run is read: they can change on what is there
+
+
 class RunConfig(Settings):
     """One whole experiment: what a preset file holds."""
 
@@ -270,11 +273,12 @@ class RunConfig(Settings):
         return self.model_copy(update={"llc": self.llc.model_copy(update={"sampling": sampling})})
 
     def digest(self) -> str:
-        """SHA-256 of the settings that are not defaults, in canonical JSON: equal exactly when every setting is equal.
+        """SHA-256 of what checkpoints and estimates depend on, in canonical JSON: all settings but READ_LATER.
 
-        A version that adds a setting, with a default that does what was done before, so keeps the runs of older ones.
+        Defaults are left out, so that a version which adds a setting, with a default that does what was done before,
+        keeps the runs of older ones.
         """
-        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True, exclude=set(READ_LATER)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_toml(self) -> str:

@@ -24,7 +24,7 @@ from mechgrok.model import build_model, with_drawn_targets
 from mechgrok.outside.find import open_source
 from mechgrok.outside.sources import check_fits
 from mechgrok.schedule import check_scheduler
-from mechgrok.stages import MIN_POINTS, detect_stages, usable_points
+from mechgrok.stages import MIN_POINTS, detect_stages, stage_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
 from mechgrok.train import check_device, import_trajectory, load_trajectory, train
@@ -279,7 +279,7 @@ def find_stages(curve: LLCCurve, config: RunConfig) -> tuple[Stage, ...]:
 
     None if too few points are left to find any: at the end of a long run that is a result, not an error.
     """
-    if usable_points(curve).sum() < MIN_POINTS:
+    if stage_points(curve).sum() < MIN_POINTS:
         return ()
     return detect_stages(curve, config.stages, drop_unhealthy=True, seed=config.seed)
 

@@ -2,13 +2,14 @@
 
 The curve is smoothed by Gaussian-process regression on log(1 + step): constant * Matern 5/2 + white noise,
 beside the standard errors of the points, hyperparameters by marginal likelihood. A boundary is a
-critical point of the smooth curve: its slope changes sign, or falls to a plateau (|slope| below
-`plateau` of its largest) or leaves one. Stages are what lies between. Each boundary is located in
-every draw from the posterior: it is the median of these places, and their quantiles are its interval.
+critical point of the smooth curve: its slope changes sign, falls to a plateau (|slope| below `plateau` of its
+largest) or leaves one, or dips between two rises (or two falls). Stages are what lies between. Each boundary is
+located in every draw from the posterior: it is the median of these places, and their quantiles are its interval.
 
 The criterion (critical points of the LLC over log time) is that of Hoogland et al. 2024
-(arXiv:2402.02364); the white noise, the test against a constant curve, the merging of uncertain
-segments and the intervals are ours.
+(arXiv:2402.02364), whose first boundary is such a dip: the slope falls to a twentieth and grows again. The white
+noise, the test against a constant curve, the merging of uncertain segments, the test of dips and the intervals are
+ours.
 """
 
 import warnings
@@ -33,6 +34,9 @@ MIN_POINTS = 6
 # A change that rests on fewer estimates cannot be told from an outlier; at the ends of the run, where
 # nothing supports an estimate from the other side, one more is asked for.
 MIN_STAGE_POINTS = 2
+MIN_WIDTH = 1 / 20  # of the run in log time: a shorter flat stretch is the turning point itself
+DIP = 0.5  # of the rate before and after
+DOWNHILL = 3.0
 _DIRECTION: dict[int, Direction] = {1: "rising", -1: "falling", 0: "plateau"}
 
 
@@ -69,13 +73,23 @@ def usable_points(curve: LLCCurve, component: str = "model") -> np.ndarray:
     return curve.healthy[row] & np.isfinite(curve.llc[row]) & np.isfinite(curve.std_error[row])
 
 
+def stage_points(curve: LLCCurve, component: str = "model") -> np.ndarray:
+    """The usable points that stages rest on, those not surely negative: bool[checkpoint].
+
+    An LLC below zero by more than DOWNHILL standard errors says that the chain ran downhill from w*, as from an
+    untrained model: there is no minimum whose degeneracy it could measure. It is reported, and no stage rests on it.
+    """
+    row = curve.row(component)
+    return usable_points(curve, component) & (curve.llc[row] >= -DOWNHILL * curve.std_error[row])
+
+
 def smooth(curve: LLCCurve, config: StageConfig = DEFAULTS, component: str = "model", seed: int = 0) -> SmoothCurve:
     """Gaussian-process posterior of one component's curve from its healthy points.
 
     Raises:
         ShapeError: fewer than 6 healthy points with finite values.
     """
-    row, usable = curve.row(component), usable_points(curve, component)
+    row, usable = curve.row(component), stage_points(curve, component)
     llc, std_error = curve.llc[row], curve.std_error[row]
     if usable.sum() < MIN_POINTS:
         raise ShapeError(
@@ -144,7 +158,7 @@ def detect_stages(
     fit = smooth(curve, config, component, seed)
     if fit.evidence < config.min_evidence:
         return ()
-    segments = _segments(fit, config)
+    segments = [part for segment in _segments(fit, config) for part in _split_at_dips(fit, segment, config)]
     if len(segments) == 1 and segments[0][2] == 0:
         return ()
     located = [_locate(fit, *pair, config) for pair in pairwise(segments)]
@@ -186,9 +200,8 @@ def _segments(fit: SmoothCurve, config: StageConfig) -> list[Segment]:
     sign = np.where(np.abs(slope) <= config.plateau * np.abs(slope).max(), 0, np.sign(slope)).astype(int)
     cuts = [0, *(np.flatnonzero(np.diff(sign)) + 1).tolist(), len(sign)]
     segments = [(a, b - 1, int(sign[a])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    min_width = (fit.x[-1] - fit.x[0]) / 20  # a shorter flat stretch is the turning point itself
     while len(segments) > 1:
-        doubts = [_doubt(fit, segment, config, min_width) for segment in segments]
+        doubts = [_doubt(fit, segment, config) for segment in segments]
         worst = int(np.argmax(doubts))
         if doubts[worst] <= 0:
             break
@@ -196,11 +209,44 @@ def _segments(fit: SmoothCurve, config: StageConfig) -> list[Segment]:
     return segments
 
 
-def _doubt(fit: SmoothCurve, segment: Segment, config: StageConfig, min_width: float) -> float:
+def _split_at_dips(fit: SmoothCurve, segment: Segment, config: StageConfig) -> list[Segment]:
+    """The segment, cut where it moves at less than DIP of the rate before and after, if that is credible.
+
+    The rate at a point is the mean slope over the narrowest stretch that could be a plateau. A dip is a minimum of the
+    mean curve's rate; it is held against the highest rates of the segment before and after it. It is credible if the
+    rate there is below DIP times the lower of these with posterior probability `config.credible`, and if both parts
+    would be stages by themselves.
+    """
+    first, last, sign = segment
+    half = _half_width(fit)
+    at = np.arange(first + half, last - half + 1)
+    if sign == 0 or len(at) < 3:
+        return [segment]
+
+    def rates(values: np.ndarray) -> np.ndarray:
+        return sign * (values[..., at + half] - values[..., at - half])
+
+    mean, draws = rates(fit.mean), rates(fit.draws)
+    minima = np.flatnonzero((mean[1:-1] < mean[:-2]) & (mean[1:-1] <= mean[2:])) + 1
+    for dip in sorted(minima.tolist(), key=lambda dip: mean[dip] / min(mean[:dip].max(), mean[dip:].max())):
+        before, after = int(mean[:dip].argmax()), dip + int(mean[dip:].argmax())
+        slow = draws[:, dip] < DIP * np.minimum(draws[:, before], draws[:, after])
+        parts = [(first, int(at[dip]), sign), (int(at[dip]) + 1, last, sign)]
+        if np.mean(slow) >= config.credible and all(_doubt(fit, part, config) <= 0 for part in parts):
+            return [cut for part in parts for cut in _split_at_dips(fit, part, config)]
+    return [segment]
+
+
+def _half_width(fit: SmoothCurve) -> int:
+    """Half the narrowest stretch that could be a plateau, in points of the grid."""
+    return max(1, round(len(fit.x) * MIN_WIDTH / 2))
+
+
+def _doubt(fit: SmoothCurve, segment: Segment, config: StageConfig) -> float:
     """Positive if the segment is no stage; the larger, the less credible."""
     first, last, sign = segment
     if sign == 0:
-        return 1 - (fit.x[last] - fit.x[first]) / min_width
+        return 1 - (fit.x[last] - fit.x[first]) / (MIN_WIDTH * (fit.x[-1] - fit.x[0]))
     at_an_end = first == 0 or last == len(fit.x) - 1
     if np.sum((fit.points >= fit.x[first]) & (fit.points <= fit.x[last])) < MIN_STAGE_POINTS + at_an_end:
         return 1.0
@@ -237,13 +283,16 @@ def _locate(fit: SmoothCurve, before: Segment, after: Segment, config: StageConf
     """Lower end of the credible interval, median and upper end of the boundary between two segments, in steps.
 
     In every posterior draw the boundary is sought between the middles of its segments: the extreme
-    point where the slope changes sign; else, going from the middle of the moving segment towards
-    the flat one, the first point where the slope is below the plateau level.
+    point where the slope changes sign; the slowest one between two segments of one sign; else, going
+    from the middle of the moving segment towards the flat one, the first point where the slope is below
+    the plateau level.
     """
-    low, high = (before[0] + before[1]) // 2, (after[0] + after[1]) // 2 + 1
+    low, high, half = (before[0] + before[1]) // 2, (after[0] + after[1]) // 2 + 1, _half_width(fit)
     window = fit.draws[:, low:high]
     if before[2] * after[2] < 0:
         found = np.argmax(before[2] * window, axis=1)
+    elif before[2] == after[2]:
+        found = half + np.argmin(before[2] * (window[:, 2 * half :] - window[:, : -2 * half]), axis=1)
     else:
         moving = before[2] or after[2]
         level = config.plateau * np.abs(np.gradient(fit.mean, fit.x)).max()

@@ -37,7 +37,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mechgrok.calibration import Calibration, Trial
-from mechgrok.config import LLCConfig, RunConfig, parse_config
+from mechgrok.config import READ_LATER, LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
 from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
 
@@ -60,19 +60,22 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> "RunDirectory":
-        """Make the directory, or open it if it already holds this very configuration.
+        """Make the directory, or open it if it already holds this configuration, whatever `stages` and `analyses` are.
 
         Raises:
             RunDirectoryError: it holds another configuration, or files that are not a run.
         """
         run = cls(Path(path), config)
         if (run.path / CONFIG).exists():
-            changes = config.changes_from(_read_config(run.path))
+            every = config.changes_from(_read_config(run.path))
+            changes = [change for change in every if not change.startswith(tuple(f"{name}." for name in READ_LATER))]
             if changes:
                 raise RunDirectoryError(
                     f"{run.path} belongs to another configuration ({'; '.join(changes)}); "
                     "choose another --out, or go back to the settings in its config.toml"
                 )
+            if every:
+                run.write_text(CONFIG, config.to_toml())
             return run
         if run.path.exists() and (not run.path.is_dir() or any(not _ours(p.name) for p in run.path.iterdir())):
             raise RunDirectoryError(f"{run.path} exists and is not a mechgrok run; choose another --out")

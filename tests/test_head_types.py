@@ -12,14 +12,17 @@ from analyses import head_types as analysis
 from mechgrok import seeds
 from mechgrok.errors import ShapeError
 from mechgrok.measures.head_types import DEAD_NATS, HEAD_TYPES, MIN_MULTIGRAMS, head_evidence, some_examples
+from mechgrok.measures.multigrams import Memory, Multigram
 from mechgrok.types import LLCCurve, Report, Stage
 from tests import hand_built
 from tests.hand_built import DEAD, DECOY, INDEX, NAMES, OFFSET, OUT, PREVIOUS, SPLIT, TOKEN, TWINS, hand_built_model
 from tests.test_attention_measures import ARCHITECTURES, TWICE, random_model
 
 
-def evidence(model: HookedTransformer, n_multigrams: list[int] | None = None) -> dict:
-    return {of.head: of for of in head_evidence(model, SPLIT, seeds.stream(0), n_multigrams)}
+def evidence(model: HookedTransformer, n_multigrams: list[int] | None = None, at_repeats: float = 2.0) -> dict:
+    some = [Multigram(0, 0, target, True) for target in range(MIN_MULTIGRAMS)]
+    memories = None if n_multigrams is None else [Memory(tuple(some[:n]), 1.0, at_repeats) for n in n_multigrams]
+    return {of.head: of for of in head_evidence(model, SPLIT, seeds.stream(0), memories)}
 
 
 def write(model: HookedTransformer, layer: int, head: int, to_out: torch.Tensor) -> None:
@@ -107,8 +110,15 @@ def test_multigrams_are_counted_by_others_and_need_a_minimum() -> None:
     assert enough[DECOY].type == "multigram" and enough[DECOY].scores["multigrams"] == MIN_MULTIGRAMS
     assert enough[PREVIOUS].type == "previous-token"  # it looks back at random tokens too
     assert enough[TWINS[0]].type == "induction" and enough[DEAD[0]].type == "dead"
-    with pytest.raises(ShapeError, match="one number for each of 8 heads, got 3"):
+    with pytest.raises(ShapeError, match="one entry for each of 8 heads, got 3"):
         evidence(model, [1, 2, 3])
+
+
+def test_an_induction_head_whose_loss_hurts_multigrams_more_is_a_multigram_head() -> None:
+    model = hand_built_model()
+    for at_repeats, kind in ((0.5, "multigram"), (2.0, "induction")):
+        assert evidence(model, [MIN_MULTIGRAMS] * 8, at_repeats)[TWINS[0]].type == kind
+    assert evidence(model, [MIN_MULTIGRAMS - 1] * 8, 0.5)[TWINS[0]].type == "induction"
 
 
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)

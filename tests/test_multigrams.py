@@ -56,7 +56,7 @@ def planted() -> SimpleNamespace:
 
 def run_memorized(
     monkeypatch: pytest.MonkeyPatch, split: Split, knows: list[set[int]], looks: bool = True, known: bool = True
-) -> list[list[Multigram]]:
+) -> list[tuple[Multigram, ...]]:
     """`memorized` of heads that look where they must, and whose ablation costs 3 nats on the multigrams they know."""
     from mechgrok.measures import multigrams as measure
 
@@ -84,7 +84,10 @@ def run_memorized(
     monkeypatch.setattr(measure, "position_losses", lambda *_: loss)
     monkeypatch.setattr(measure, "position_ablations", lambda *_: added)
     monkeypatch.setattr(measure, "_attention", lambda *_: [pattern] * len(knows))
-    return memorized(None, split.test, split.labels, split.bos, "mean", seeds.stream(0, "x"))  # type: ignore[arg-type]
+    found = memorized(None, split.test, split.labels, split.bos, "mean", seeds.stream(0, "x"))  # type: ignore[arg-type]
+    for memory in found:
+        assert (memory.at_multigrams > 0) == bool(memory.multigrams)
+    return [memory.multigrams for memory in found]
 
 
 def test_each_head_gets_what_it_knows_and_nothing_else(

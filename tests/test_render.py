@@ -9,13 +9,22 @@ from html.parser import HTMLParser
 import pytest
 
 import analyses
-from analyses import render
+from analyses import contract, render
 from mechgrok.types import Study
 
 
+@pytest.fixture(scope="module", params=["tiny_run", "language_run"])
+def a_run(request: pytest.FixtureRequest) -> tuple:
+    """A study of modular addition, and one of language."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def reports(tiny_run: tuple) -> list:
-    return [analyses.run(name, tiny_run[1]) for name in analyses.REGISTRY]
+def reports(a_run: tuple) -> list:
+    """Every analysis that applies to the study."""
+    study = a_run[1]
+    applicable = [name for name in analyses.REGISTRY if study.task.name in contract.load(name).TASKS]
+    return [analyses.run(name, study) for name in applicable]
 
 
 class Page(HTMLParser):
@@ -46,20 +55,20 @@ def page_of(study: Study, reports: list) -> Page:
     return page
 
 
-def test_the_page_needs_no_network_and_closes_every_tag(tiny_run: tuple, reports: list) -> None:
-    page = page_of(tiny_run[1], reports)
+def test_the_page_needs_no_network_and_closes_every_tag(a_run: tuple, reports: list) -> None:
+    page = page_of(a_run[1], reports)
     assert page.open_tags == []
     assert page.images >= 6
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    text = render.to_html(tiny_run[1], reports)
+    text = render.to_html(a_run[1], reports)
     assert text.count("</script>") == 2  # the bundle once, and the call
     outside_bundle = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
     assert not re.search(r"https?://(?!www\.w3\.org)", outside_bundle)
 
 
-def test_what_the_page_shows_is_escaped(tiny_run: tuple, reports: list) -> None:
+def test_what_the_page_shows_is_escaped(a_run: tuple, reports: list) -> None:
     evil = '<script>alert("x")</script>'
-    study: Study = tiny_run[1]
+    study: Study = a_run[1]
     labels = tuple(evil for _ in study.split.labels)
     claims = tuple(replace(claim, text=evil) for claim in reports[0].claims)
     spoiled = replace(
@@ -73,8 +82,8 @@ def test_what_the_page_shows_is_escaped(tiny_run: tuple, reports: list) -> None:
     assert text.count("</script>") == 2
 
 
-def test_the_three_forms_bear_the_same_claims(tiny_run: tuple, reports: list) -> None:
-    study = tiny_run[1]
+def test_the_three_forms_bear_the_same_claims(a_run: tuple, reports: list) -> None:
+    study = a_run[1]
     data = json.loads(json.dumps(render.to_json(study, reports), allow_nan=False))
     markdown, page = render.to_markdown(study, reports), " ".join(page_of(study, reports).text)
     for report in reports:
@@ -88,10 +97,10 @@ def test_the_three_forms_bear_the_same_claims(tiny_run: tuple, reports: list) ->
     assert data["provenance"]["torch"] and data["provenance"]["seed"] == "0"
 
 
-def test_rendering_twice_gives_the_same_page(tiny_run: tuple, reports: list) -> None:
-    assert render.to_html(tiny_run[1], reports) == render.to_html(tiny_run[1], reports)
+def test_rendering_twice_gives_the_same_page(a_run: tuple, reports: list) -> None:
+    assert render.to_html(a_run[1], reports) == render.to_html(a_run[1], reports)
 
 
-def test_a_run_without_stages_says_so(tiny_run: tuple, reports: list) -> None:
-    study = replace(tiny_run[1], stages=())
+def test_a_run_without_stages_says_so(a_run: tuple, reports: list) -> None:
+    study = replace(a_run[1], stages=())
     assert "No stage was found" in render.to_html(study, reports)

@@ -25,7 +25,7 @@ from mechgrok.measures.attention import (
 )
 from mechgrok.measures.attribution import head_attributions
 from mechgrok.measures.copying import copying_scores
-from mechgrok.measures.multigrams import closing_brackets, memorized_on
+from mechgrok.measures.multigrams import Memory, closing_brackets, memorized_on
 from mechgrok.types import Examples, Split
 
 HeadType = Literal[
@@ -41,7 +41,7 @@ TIMES_CHANCE = 3.7  # midway, in ratio, between 2.7, which published heads of no
 SURE = (
     4.0  # spreads above chance: one in 30,000 for a normal, as some 16 heads x 6 scores x 100 checkpoints are looked at
 )
-GENERIC = 0.5  # of the attention on random tokens: with most of it, a head looks there whatever the tokens are
+GENERIC = 0.5  # of the attention on random tokens: with most of it, a head looks nearby whatever the tokens are
 COPIES = 2.0  # times its share that the attended token gets; not more, as what a blurred head raises is spread as well
 DIRECT_NATS = 0.1  # an induction head raises the right logit; .1 changes a probability by a tenth
 DEAD_NATS = 1e-3  # per position; the smallest change of a loss that the reports print
@@ -58,7 +58,8 @@ class HeadEvidence:
     scores: "previous-token", "current-token", "first-token", "duplicate-token", "prefix matching" and "copying" as
     multiples of chance (1 = chance, NaN = cannot be met in these data); "direct effect" on the repeated token's logit
     "ablation", the larger mean |change of loss| on test examples and on repeats; "brackets", the loss that zeroing
-    adds to closing brackets, NaN where none is a target; all three in nats; "multigrams", a count, if it was given.
+    adds to closing brackets, NaN where none is a target; all three in nats; "multigrams", a count, and the
+    loss that ablation adds to a row at them and at repeats, "harm to multigrams" and "harm to repeats", if given.
     """
 
     head: str
@@ -67,7 +68,7 @@ class HeadEvidence:
 
 
 def head_evidence(
-    model: HookedTransformer, split: Split, rng: torch.Generator, n_multigrams: Sequence[int] | None = None
+    model: HookedTransformer, split: Split, rng: torch.Generator, memories: Sequence[Memory] | None = None
 ) -> tuple[HeadEvidence, ...]:
     """Every head's type with its evidence, layer-major. The first of these rules that applies:
 
@@ -78,7 +79,9 @@ def head_evidence(
     bracket: zeroing it adds BRACKET_NATS to the loss on closing brackets, SURE standard errors more than nothing and
         BRACKET_RATIO times what it adds elsewhere.
     multigram: at least MIN_MULTIGRAMS were memorized; a strong previous- or current-token head is none if GENERIC of
-        its attention on random tokens goes there.
+        its attention on random tokens goes to the two together, as it then looks nearby whatever the tokens are.
+        A head that is an induction head as well is of the type whose targets its ablation harms more, as Wang et al.
+        2024 sort heads by the tokens that suffer.
     previous-, current-, first- or duplicate-token: the strong one of the largest multiple of chance. Each is taken on
         the test examples and on random tokens, and the smaller counts.
     unclear: none of them.
@@ -87,15 +90,15 @@ def head_evidence(
 
     Args:
         rng: draws the random tokens; the same seed at every checkpoint makes their scores comparable.
-        n_multigrams: by head, how many n-grams and skip n-grams it has memorized; None if they were not counted.
+        memories: what each head has memorized, from `measures.multigrams`; None if that was not looked at.
 
     Raises:
-        ShapeError: the context is too short for repeats, or `n_multigrams` has not one number a head.
+        ShapeError: the context is too short for repeats, or `memories` has not one entry a head.
     """
     cfg = model.cfg
     names = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    if n_multigrams is not None and len(n_multigrams) != len(names):
-        raise ShapeError(f"n_multigrams must have one number for each of {len(names)} heads, got {len(n_multigrams)}")
+    if memories is not None and len(memories) != len(names):
+        raise ShapeError(f"memories must have one entry for each of {len(names)} heads, got {len(memories)}")
     examples, repeats = some_examples(split.test), probe(split, rng)
 
     on_data, on_random = attention_scores(model, examples), attention_scores(model, repeats.examples)
@@ -114,26 +117,27 @@ def head_evidence(
         "ablation": torch.maximum(*harms),
         "brackets": brackets,
     }
-    if n_multigrams is not None:
-        columns["multigrams"] = torch.tensor(n_multigrams, dtype=torch.float64)
+    if memories is not None:
+        columns["multigrams"] = torch.tensor([len(of.multigrams) for of in memories], dtype=torch.float64)
+        columns["harm to multigrams"] = torch.tensor([of.at_multigrams for of in memories], dtype=torch.float64)
+        columns["harm to repeats"] = torch.tensor([of.at_repeats for of in memories], dtype=torch.float64)
     strong: dict[str, Tensor] = {
         kind: strong_heads(on_data[kind]) & strong_heads(on_random[kind]) for kind in ATTENTION_KINDS
     }
     strong["prefix matching"] = strong_heads(prefix)
     strong["bracket"] = is_bracket
-    generic = {kind: on_random[kind].score > GENERIC for kind in ("previous-token", "current-token")}
+    nearby = on_random["previous-token"].score + on_random["current-token"].score > GENERIC
     evidence = []
     for index, name in enumerate(names):
         scores = {key: float(column[index]) for key, column in columns.items()}
-        strong_here, generic_here = ({k for k, of in flags.items() if of[index]} for flags in (strong, generic))
-        evidence.append(HeadEvidence(name, _type(scores, strong_here, generic_here), scores))
+        strong_here = {kind for kind, of in strong.items() if of[index]}
+        evidence.append(HeadEvidence(name, _type(scores, strong_here, bool(nearby[index])), scores))
     return tuple(evidence)
 
 
 def typed_heads(model: HookedTransformer, split: Split) -> tuple[HeadEvidence, ...]:
     """`head_evidence` with the multigrams that each head has memorized, on fixed random tokens."""
-    counts = [len(mine) for mine in memorized_on(model, split)]
-    return head_evidence(model, split, seeds.stream(0, "head types"), counts)
+    return head_evidence(model, split, seeds.stream(0, "head types"), memorized_on(model, split))
 
 
 def strong_heads(scores: AttentionScores) -> Tensor:
@@ -155,16 +159,18 @@ def probe(split: Split, rng: torch.Generator) -> RepeatedTokens:
     return repeated_tokens(rng, split.test.tokens.shape[1], ids, split.bos)
 
 
-def _type(scores: Mapping[str, float], strong: set[str], generic: set[str]) -> HeadType:
+def _type(scores: Mapping[str, float], strong: set[str], nearby: bool) -> HeadType:
     copies = scores["copying"] >= COPIES and scores["direct effect"] >= DIRECT_NATS
+    memorizes = scores.get("multigrams", 0) >= MIN_MULTIGRAMS
     if "prefix matching" in strong and copies:
-        return "induction"
+        harms_more = memorizes and scores["harm to multigrams"] > scores["harm to repeats"]
+        return "multigram" if harms_more else "induction"
     if scores["ablation"] < DEAD_NATS:
         return "dead"
     if "bracket" in strong:
         return "bracket"
     attended = max((kind for kind in ATTENTION_KINDS if kind in strong), key=lambda kind: scores[kind], default=None)
-    if scores.get("multigrams", 0) >= MIN_MULTIGRAMS and attended not in generic:
+    if memorizes and not (nearby and attended in ("previous-token", "current-token")):
         return "multigram"
     return attended or "unclear"
 

@@ -51,6 +51,19 @@ class Multigram:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a head has memorized, and the loss that ablating it adds, summed over a row's targets, nats:
+
+    at_multigrams: at the places of what it has memorized. at_repeats: at targets that repeat what followed the same
+    token earlier in the row, as induction predicts them.
+    """
+
+    multigrams: tuple[Multigram, ...]
+    at_multigrams: float
+    at_repeats: float
+
+
+@dataclass(frozen=True)
 class Score:
     """precision: share of the found multigrams that were planted; recall: share of the planted ones that were found.
 
@@ -154,7 +167,7 @@ def _counts(values: np.ndarray) -> np.ndarray:
     return count[inverse]
 
 
-def memorized_on(model: HookedTransformer, split: Split) -> list[list[Multigram]]:
+def memorized_on(model: HookedTransformer, split: Split) -> list[Memory]:
     """`memorized` on the first N_EXAMPLES test rows, by resample ablation, as Wang et al. 2024 do.
 
     The rows that stand in are the same for every model.
@@ -171,8 +184,8 @@ def memorized(
     bos: int | None,
     kind: AblationKind,
     rng: torch.Generator,
-) -> list[list[Multigram]]:
-    """The multigrams that each head has memorized, heads in layer-major order; the rule stands above.
+) -> list[Memory]:
+    """What each head has memorized, heads in layer-major order; the rule stands above.
 
     N-grams are the same candidates for every head. The source of a skip n-gram is the token, two or more places
     back and not `bos`, that the head attends to most; places that an n-gram of the data explains are left out.
@@ -181,7 +194,9 @@ def memorized(
     n_scored = examples.tensors[1].shape[1]
     column = seen.pos - (examples.tokens.shape[1] - n_scored)
     loss = position_losses(model, examples).numpy()[seen.example, column]
-    added = position_ablations(model, examples, kind, rng).numpy()[:, seen.example, column]
+    everywhere = position_ablations(model, examples, kind, rng).numpy()
+    added = everywhere[:, seen.example, column]
+    repeats = (examples.weights.numpy() > 0) & _follows_earlier(examples.tokens.numpy(), examples.targets.numpy())
     attention = _attention(model, examples.tokens)
 
     inside = np.flatnonzero(seen.previous >= 0)
@@ -197,22 +212,24 @@ def memorized(
 
     found = []
     for head, pattern in enumerate(attention):
-        mine = [
-            multigram
+        known = {
+            multigram: where
             for multigram, where in ngrams.items()
             if _needed(loss[where], added[head, where])
             and _looks(pattern, seen, where, np.maximum(seen.pos[where] - 1, 0))
-        ]
+        }
         open_, source_pos = _attended(pattern, examples.tokens.numpy(), seen, explained, bos)
         source = examples.tokens.numpy()[seen.example[open_], source_pos]
         skips = associated(source, seen.token[open_], seen.target[open_], contiguous=False)
-        mine += [
-            multigram
+        known |= {
+            multigram: open_[where]
             for multigram, where in skips.items()
             if _needed(loss[open_[where]], added[head, open_[where]])
             and _looks(pattern, seen, open_[where], source_pos[where])
-        ]
-        found.append(sorted(mine))
+        }
+        at_multigrams = sum(float(added[head, where].sum()) for where in known.values())
+        at_repeats = float(everywhere[head][repeats[:, -n_scored:]].sum())
+        found.append(Memory(tuple(sorted(known)), at_multigrams / len(examples), at_repeats / len(examples)))
     return found
 
 
