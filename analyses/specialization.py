@@ -10,7 +10,7 @@ pushes the contrasts of the others the other way, each by a share of its own.
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,17 +21,21 @@ from transformer_lens import HookedTransformer
 from analyses.contract import Series, claim
 from mechgrok import plotting
 from mechgrok.components import HEAD_NAME
+from mechgrok.config import REFERENCE
 from mechgrok.measures.head_types import typed_heads
 from mechgrok.measures.refined import holm, ranks, specialization
 from mechgrok.model import evaluate
 from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
+T = TypeVar("T")
+
 NAME = "specialization"
 TASKS = ("planted-language", "text", "hugging-face")
 REPEATS, NGRAMS = "repeat-heavy", "ngram-heavy"  # of the planted language
 PREFIX_MATCHING = "prefix matching"  # the score of that name in `head_types`
 ALPHA = 0.05
+N_EXAMPLES = 256
 LATE = 0.8  # the share of training after which an estimate speaks for its end
 
 
@@ -50,8 +54,8 @@ def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
 
 def measure(model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]) -> dict[str, float]:
     """{"loss_test", "loss_<distribution>": mean loss, nats}."""
-    data = {"test": split.test, **split.distributions}
-    return {f"loss_{name}": evaluate(model, examples)[0] for name, examples in data.items()}
+    data = {"test": split.test, **_no_reference(split.distributions)}
+    return {f"loss_{name}": evaluate(model, examples.first(N_EXAMPLES))[0] for name, examples in data.items()}
 
 
 def derive(
@@ -66,11 +70,12 @@ def derive(
         "final_scaled" (the same on the other scale) and their "_error", and "rank": Float[distribution, head];
         "rank_probability": Float[distribution, head, rank]; "p_head", "p_head_scaled": [head]; "p_layer",
         "p_layer_scaled": [layer]; "final_drllc" of the whole model and its "_error": [distribution].
-        "induction_head": its index among the heads, or NaN.
+        "induction_head": its index among the heads, or NaN; "its_kind": Bool[head], the induction heads of its layer.
     """
     heads = list(facts["heads"])
-    steps = reduce(np.intersect1d, [of.steps for of in curve.refined.values()], np.asarray(series["step"]))
-    values, errors = _aligned(curve, [*heads, "model"], steps)
+    refined = _no_reference(curve.refined)
+    steps = reduce(np.intersect1d, [of.steps for of in refined.values()], np.asarray(series["step"]))
+    values, errors = _aligned(refined, [*heads, "model"], steps)
     finals, final_errors = _latest(values, errors, steps >= LATE * series["step"][-1])
     llc, error, final, final_error = values[:, :-1], errors[:, :-1], finals[:, :-1], final_errors[:, :-1]
     layers = np.array([_layer(head) for head in heads])
@@ -94,7 +99,7 @@ def derive(
             rank[index, mine], probability[index, mine, : len(mine)] = placed, chances
     known = [heads.index(head) for head in facts["induction head"] if head in heads]
     return {
-        "distributions": np.array(list(curve.refined), dtype=str),
+        "distributions": np.array(list(refined), dtype=str),
         "refined_step": steps,
         "specialization": over_time[0],
         "specialization_error": over_time[1],
@@ -113,16 +118,31 @@ def derive(
         "final_drllc": finals[:, -1],
         "final_drllc_error": final_errors[:, -1],
         "induction_head": np.array(known[0] if known else np.nan),
+        "its_kind": _its_kind(facts["types"], heads, known),
     }
 
 
-def _aligned(curve: LLCCurve, components: Sequence[str], steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _no_reference(by_name: Mapping[str, T]) -> dict[str, T]:
+    """Without what a reference model has drawn: the same inputs as the training data's, under another loss."""
+    return {name: of for name, of in by_name.items() if name != REFERENCE}
+
+
+def _its_kind(types: Sequence[str], heads: Sequence[str], known: Sequence[int]) -> np.ndarray:
+    """The induction heads in the layer of the one that is known: Bool[head]."""
+    kind = dict(text.split(" ", 1) for text in types)
+    layer = _layer(heads[known[0]]) if known else None
+    return np.array([_layer(head) == layer and kind.get(head) == "induction" for head in heads])
+
+
+def _aligned(
+    refined: Mapping[str, LLCCurve], components: Sequence[str], steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(llc, std_error) on each distribution at shared steps, NaN unless healthy: [distribution, component, checkpoint].
 
     An estimate without an error cannot be compared, so it counts as missing.
     """
-    llc, error = np.full((2, len(curve.refined), len(components), len(steps)), np.nan)
-    for index, of in enumerate(curve.refined.values()):
+    llc, error = np.full((2, len(refined), len(components), len(steps)), np.nan)
+    for index, of in enumerate(refined.values()):
         at = np.isin(of.steps, steps)
         for column, name in enumerate(components):
             if name in of.components:
@@ -165,6 +185,10 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     def induction(values: np.ndarray, distribution: str) -> float:
         return float(values[names.index(distribution), int(head)]) if np.isfinite(head) else float("nan")
 
+    def some_induction(distribution: str) -> float:
+        kind = series["its_kind"]
+        return float(first[names.index(distribution), kind].sum()) if kind.any() else float("nan")
+
     def standard_errors(name: str) -> float:
         return induction(series[name] / series[f"{name}_error"], REPEATS)
 
@@ -185,6 +209,14 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         claim(
             "nor does it within the errors (probability of the first rank)",
             last, lambda s: induction(first, NGRAMS), 0.05, "<=",
+        ),
+        claim(
+            f"some induction head ranks first in their layer on {REPEATS} data at the end (probability)",
+            last, lambda s: some_induction(REPEATS), 0.95,
+        ),
+        claim(
+            f"none does on {NGRAMS} data (probability that one does)",
+            last, lambda s: some_induction(NGRAMS), 0.05, "<=",
         ),
         claim(
             f"the induction head specializes to {REPEATS} data (in standard errors, on the less favourable scale)",
@@ -225,7 +257,7 @@ def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
 
 def plot(report: Report, study: Study) -> dict[str, Figure]:
     """The loss and the model's drLLC on each distribution; by layer, the wdrLLCs of the heads and what they tell."""
-    found, refined, heads = report.derived, study.curve.refined, report.facts["heads"]
+    found, refined, heads = report.derived, _no_reference(study.curve.refined), report.facts["heads"]
     fig, (losses, drllc) = plotting.panels(2)
     for name, values in report.series.items():
         losses.plot(report.steps, values, label=name.removeprefix("loss_"))

@@ -165,7 +165,7 @@ def concluded(curve: LLCCurve, facts: dict = FACTS, stages: tuple[Stage, ...] = 
 
 def test_the_planted_induction_head_is_found_first_on_repeats_and_last_on_ngrams() -> None:
     derived, claims = concluded(planted())
-    assert len(claims) == 7
+    assert len(claims) == 9
     assert [claim.text for claim in claims if not claim.holds] == []
     repeats = list(derived["distributions"]).index("repeat-heavy")
     assert derived["rank"][repeats].tolist() == [4, 2, 1, 3, 2, 4, 1, 3]
@@ -174,9 +174,28 @@ def test_the_planted_induction_head_is_found_first_on_repeats_and_last_on_ngrams
     assert derived["specialization"].shape == (2, 8, len(STEPS))
 
 
+def test_of_twins_neither_is_surely_first_but_one_of_them_is() -> None:
+    twins = [*ON_REPEATS[:5], 2.0, 2.0, 1.0]
+    facts = FACTS | {
+        "types": [text if i not in (5, 6) else f"L1H{i - 4} induction" for i, text in enumerate(FACTS["types"])]
+    }
+    _, claims = concluded(planted(twins), facts)
+    assert not claims[3].holds and claims[6].holds and claims[7].holds
+    _, alone = concluded(planted(twins))  # the other twin is of another type
+    assert not alone[6].holds
+
+
+def test_what_a_reference_model_drew_is_no_distribution_to_specialize_to() -> None:
+    curve = planted()
+    with_reference = replace(curve, refined={**curve.refined, "reference": refinement([-9.0] * 8, 2, STEPS[:2])})
+    (derived, claims), (same, others) = concluded(with_reference), concluded(curve)
+    assert derived["distributions"].tolist() == same["distributions"].tolist() == ["ngram-heavy", "repeat-heavy"]
+    assert repr(claims) == repr(others)
+
+
 def test_where_all_heads_gain_alike_none_specializes() -> None:
     _, claims = concluded(planted([llc + 0.5 for llc in ALIKE]))
-    assert [claim.holds for claim in claims] == [False, False, False, False, True, True, False]
+    assert [claim.holds for claim in claims] == [False, False, False, False, True, True, False, True, False]
 
 
 def test_a_common_factor_is_no_specialization_on_both_scales() -> None:
@@ -233,7 +252,7 @@ def test_without_refined_heads_nothing_holds_and_nothing_fails(names: tuple[str,
     plain = LLCCurve(steps=STEPS, components=("model",), llc=GROWTH[None], std_error=np.ones((1, len(STEPS))))
     curve = replace(plain, refined=dict.fromkeys(names, plain))
     derived, claims = concluded(curve)
-    assert len(claims) == (7 if len(names) == 2 else 2)
+    assert len(claims) == (9 if len(names) == 2 else 2)
     assert not any(claim.holds for claim in claims)
     series = {"loss_test": np.ones(len(STEPS))}
     report = Report("specialization", STEPS, series, tuple(claims), FACTS, derived)
