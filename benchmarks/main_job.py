@@ -16,6 +16,7 @@ import analyses  # noqa: E402 - the import is one of the parts
 from analyses import render  # noqa: E402
 from mechgrok import pipeline  # noqa: E402
 from mechgrok.config import load_config  # noqa: E402
+from mechgrok.plan import component_names, plan_units  # noqa: E402
 from mechgrok.store import RunDirectory  # noqa: E402
 from mechgrok.tasks import make_split  # noqa: E402
 from mechgrok.train import train  # noqa: E402
@@ -45,10 +46,11 @@ def main(preset: str = "modular-addition") -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory.create(Path(folder) / "run", config)
         split = make_split(config.task, config.seed)
-        names = pipeline.component_names(config, split)
+        names = component_names(config, split)
         with timed(f"training, {config.train.n_steps} steps", rows):
             trajectory = train(directory, split)
-        n_units = len(pipeline.curve_units(config, names, trajectory.steps))
+            split = pipeline.with_reference(directory, split, train)
+        n_units = sum(map(len, plan_units(config, names, split, trajectory.steps).values()))
         with timed(f"sampling, {n_units} estimates", rows):
             curve = pipeline.follow(directory, trajectory, split, names, None, pipeline.silent, None)
             get_reusable_executor().shutdown(wait=True)  # so that the workers' seconds are counted
@@ -58,7 +60,8 @@ def main(preset: str = "modular-addition") -> None:
         reports = []
         for name in config.analyses.names:
             with timed(f"analysis {name}", rows):
-                reports.append(analyses.run(name, study))
+                reports.append(analyses.run(name, study, os.cpu_count() or 1))
+                get_reusable_executor().shutdown(wait=True)
         with timed("report", rows):
             render.to_html(study, reports)
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))

@@ -12,6 +12,7 @@ LAYERS = [
     {"model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
+    {"plan"},
     {"pipeline"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -20,6 +20,7 @@ from mechgrok import pipeline, seeds, train
 from mechgrok.config import ModelConfig, RunConfig, parse_config
 from mechgrok.errors import ConfigError, MechgrokError, RunDirectoryError
 from mechgrok.model import build_model, evaluate, scored_logits, with_drawn_targets
+from mechgrok.plan import plan_units
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.types import Examples, LLCCurve, Study
@@ -118,7 +119,7 @@ def test_refinements_and_checks_leave_the_curve_on_the_training_data_alone(
 
 def test_units_are_planned_once_each_and_the_dearest_first() -> None:
     split = make_split(CONFIG.task, CONFIG.seed)
-    plan = pipeline.plan_units(CONFIG, ("model", *HEADS), split, STEPS)
+    plan = plan_units(CONFIG, ("model", *HEADS), split, STEPS)
     assert list(plan) == ["", "ngram-heavy", "repeat-heavy", "reference"]
     sampling, control = CONFIG.llc.sampling, CONFIG.llc.control
     assert plan[""][0] == (STEPS[0], "model", sampling.halved())
