@@ -1,4 +1,4 @@
-"""The README's picture from a finished run: python docs/make_figures.py runs/modular-addition"""
+"""The docs' pictures from a finished run: python docs/make_figures.py runs/modular-addition [name of the pictures]"""
 
 import sys
 from dataclasses import replace
@@ -7,7 +7,7 @@ from mechgrok import load_study, plotting
 from mechgrok.stages import smooth
 
 
-def main(path: str) -> None:
+def main(path: str, name: str = "") -> None:
     """Draw the LLC of the model and of every head, with the stages."""
     study = load_study(path)
     fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
@@ -16,9 +16,9 @@ def main(path: str) -> None:
         "llc": plotting.llc_figure(curve, study.stages, (fit.steps, fit.mean, fit.sd)),
         "heads": plotting.components_figure(curve, study.stages),
     }
-    for name, figure in figures.items():
-        figure.savefig(f"docs/images/{name}.png", dpi=110)
+    for what, figure in figures.items():
+        figure.savefig(f"docs/images/{name and name + '-'}{what}.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """Figures over training with the stages shaded. Functions return figures or draw on axes; none shows one."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ def developmental_axis(ax: Axes, stages: Sequence[Stage], ylabel: str) -> None:
         middle = np.expm1((np.log1p(stage.start) + np.log1p(stage.end)) / 2)
         ax.text(middle, 1.01, stage.name, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
         if stage.end_interval is not None:
+            ax.axvline(stage.end, color=INK, lw=0.8, ls=":")  # two rises have one colour
             ax.plot(stage.end_interval, [0.015, 0.015], transform=ax.get_xaxis_transform(), color=INK, lw=2.5)
 
 
@@ -92,15 +94,24 @@ def training_figure(trajectory: Trajectory, stages: Sequence[Stage], landmarks: 
 
 
 def components_figure(curve: LLCCurve, stages: Sequence[Stage]) -> Figure:
-    """One line per component that is not the whole model: the wrLLC of every head."""
-    fig, (ax,) = panels(1, height=3.8)
-    for name in curve.components:
-        if name != "model":
-            (line,) = ax.plot(curve.steps, curve.llc[curve.row(name)], lw=1, label=name)
-            _points(ax, curve, name, line.get_color())
-    developmental_axis(ax, stages, "wrLLC")
-    ax.legend(frameon=False, fontsize=8)
+    """One line per component that is not the whole model, the heads of each layer in a panel of their own."""
+    names = [name for name in curve.components if name != "model"]
+    rows = list(dict.fromkeys(_panel(name) for name in names)) or [""]
+    fig, axes = panels(len(rows), height=3.8)
+    for ax, row in zip(axes, rows, strict=True):
+        for name in names:
+            if _panel(name) == row:
+                (line,) = ax.plot(curve.steps, curve.llc[curve.row(name)], lw=1, label=name)
+                _points(ax, curve, name, line.get_color())
+        developmental_axis(ax, stages, f"wrLLC{row and ', ' + row}")
+        ax.legend(frameon=False, fontsize=8)
     return fig
+
+
+def _panel(name: str) -> str:
+    """ "layer 0" for "L0H3", "" for what is no single head."""
+    head = re.fullmatch(r"L(\d+)H\d+", name)
+    return f"layer {head[1]}" if head else ""
 
 
 def calibration_figure(found: Calibration) -> Figure:
