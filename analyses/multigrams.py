@@ -102,7 +102,7 @@ def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
     ]
     names = [key.removeprefix("p, ") for key in report.derived if key.startswith("p, ")]
     correlations = [
-        [name, *(f"{report.derived[f'{key}, {name}']:.2g}" for key in ("correlation", "p"))] for name in names
+        [name, *(_number(report.derived[f"{key}, {name}"]) for key in ("correlation", "p"))] for name in names
     ]
     return {
         "Memorized at the last checkpoint": (["head", "n-grams", "skip n-grams"], rows),
@@ -143,3 +143,7 @@ def _rank_correlation(count: np.ndarray, llc: np.ndarray) -> tuple[float, float]
 def _text(one: Multigram, labels: Sequence[str]) -> str:
     gap = " " if one.contiguous else " … "
     return f"{labels[one.source]}{gap}{labels[one.token]} → {labels[one.target]}"
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2g}"
