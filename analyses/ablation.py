@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import Series, claim, llc_at, strongest
 from mechgrok import plotting
-from mechgrok.components import HEAD_NAME
+from mechgrok.components import HEAD_NAME, head_names
 from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
@@ -22,8 +22,7 @@ TASKS = ("modular-addition",)
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The names of the heads, in the order of the head axis."""
-    cfg = model.cfg
-    return {"heads": [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]}
+    return {"heads": head_names(model)}
 
 
 def measure(

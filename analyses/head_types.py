@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_change
 from mechgrok import plotting, seeds
+from mechgrok.components import head_names
 from mechgrok.measures.copying import eigenvalue_copying
 from mechgrok.measures.head_types import HEAD_TYPES, TIMES_CHANCE, probe, typed_heads
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
@@ -39,8 +40,7 @@ SCORES = {
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The names of the heads, in the order of the head axis. Raises ShapeError where rows are too short to repeat."""
     probe(split, seeds.stream(0, NAME))
-    cfg = model.cfg
-    return {"heads": [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]}
+    return {"heads": head_names(model)}
 
 
 def measure(

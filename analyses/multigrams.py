@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_at
 from mechgrok import plotting
+from mechgrok.components import head_names
 from mechgrok.measures.multigrams import Multigram, memorized_on, score
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
@@ -22,8 +23,7 @@ LEVEL = 0.05  # of the rank correlation's test
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The names of the heads, the final model's multigrams, and how many were planted, where that is known."""
-    cfg = model.cfg
-    heads = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    heads = head_names(model)
     found = [of.multigrams for of in memorized_on(model, split)]
     shown = [
         f"{head}: " + (", ".join(_text(one, split.labels) for one in mine[:6]) or "none")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from analyses import contract
 from mechgrok import plotting
+from mechgrok.components import head_names
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import MIN_POINTS, smooth, stage_points
 from mechgrok.types import Claim, Report, Stage, Study
@@ -270,7 +271,7 @@ def _attention(study: Study) -> dict[str, Any]:
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
     patterns = [cache["pattern", layer][0].detach().numpy() for layer in range(model.cfg.n_layers)]
     labels = [html.escape(study.split.labels[token]) for token in tokens[0].tolist()]
-    names = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    names = head_names(model)
     pattern = np.concatenate(patterns).round(4)
     props = convert_props({"attention": pattern, "tokens": labels, "attentionHeadNames": names, "maskUpperTri": True})
     script = (resources.files(circuitsvis) / "dist/cdn/iife.js").read_text().replace("</script>", "")

@@ -53,10 +53,14 @@ def complement(model: HookedTransformer, of: Component) -> Component:
     return Component(f"not({of.name})", masks, n_params)
 
 
+def head_names(model: HookedTransformer) -> list[str]:
+    """Every head, layer by layer: the order of all head axes."""
+    return [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+
+
 def expand_names(model: HookedTransformer, names: Sequence[str]) -> tuple[str, ...]:
     """The names with "heads" replaced by every head, each checked against the model."""
-    every_head = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
-    expanded = [one for name in names for one in (every_head if name == "heads" else [name])]
+    expanded = [one for name in names for one in (head_names(model) if name == "heads" else [name])]
     for name in expanded:
         component(model, name)
     return tuple(dict.fromkeys(expanded))

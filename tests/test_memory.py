@@ -11,13 +11,14 @@ CHILD = """
 import json, resource, sys
 import torch
 import mechgrok as mg
+from mechgrok import seeds
 from mechgrok.config import ModelConfig
 from mechgrok.model import build_model
 from mechgrok.types import Examples, Split
 
 torch.set_num_threads(1)
 budget, component = float(sys.argv[1]), sys.argv[2]
-rng = torch.Generator().manual_seed(0)
+rng = seeds.stream(0, "tokens")
 tokens = torch.randint(100, (int(sys.argv[3]), 32), generator=rng)
 examples = Examples(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape))
 split = Split(examples, examples, tuple(map(str, range(100))), 100)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
+from mechgrok.components import head_names
 from mechgrok.errors import ShapeError
 from mechgrok.measures.ablation import position_ablations
 from mechgrok.measures.attention import (
@@ -95,8 +96,7 @@ def head_evidence(
     Raises:
         ShapeError: the context is too short for repeats, or `memories` has not one entry a head.
     """
-    cfg = model.cfg
-    names = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    names = head_names(model)
     if memories is not None and len(memories) != len(names):
         raise ShapeError(f"memories must have one entry for each of {len(names)} heads, got {len(memories)}")
     examples, repeats = some_examples(split.test), probe(split, rng)
