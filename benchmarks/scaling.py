@@ -56,7 +56,7 @@ def per_head(layer: int, **shape: int) -> tuple[float, float]:
 
 def floor(network: HookedTransformer, layer: int) -> float:
     cfg, rows = network.cfg, BATCH * 64
-    wide, rank, scores = cfg.n_heads * cfg.d_head, cfg.d_head, BATCH * 64 * 64
+    wide, rank, scores = cfg.n_heads * cfg.d_head, cfg.d_head, BATCH * 64 * 65 / 2  # what causality allows
     macs = 2 * rows * cfg.d_model * 3 * rank + 6 * scores * rank  # q, k, v and their weights; the head's attention
     exponentials = scores + rows * cfg.d_vocab
     if layer == cfg.n_layers - 1:

@@ -20,7 +20,6 @@ from mechgrok.llc.head_potential import HeadPotential
 from mechgrok.llc.problem import groups, make_problem
 from mechgrok.model import model_losses
 from mechgrok.replicas import blockwise
-from mechgrok.replicas.attention import attend
 from mechgrok.replicas.cross_entropy import cross_entropy
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.network import why_not
@@ -260,17 +259,6 @@ def test_cross_entropy_is_exact_from_tiny_to_huge(margin: float) -> None:
     torch.testing.assert_close(nats[0].double(), wanted.detach(), rtol=1e-4, atol=0.0)
     for mine, theirs in zip(found, torch.autograd.grad((wanted * weights[0]).sum(), exact), strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
-
-
-def test_attention_gradients_against_finite_differences() -> None:
-    rng = seeds.stream(0, "attention")
-    q = torch.randn(2, 4, 3, 4, generator=rng, dtype=torch.float64).requires_grad_()
-    rest = torch.randn(2, 2, 4, 5, 4, generator=rng, dtype=torch.float64).requires_grad_()
-    bias = torch.randn(2, 3, 5, generator=rng, dtype=torch.float64)
-    bias[:, 0, 2:] = -torch.inf
-    assert torch.autograd.gradcheck(lambda a, b: attend(a, b, bias, 0.7), (q, rest))
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, *rest, bias[:, None], scale=0.7)
-    torch.testing.assert_close(attend(q, rest, bias, 0.7), wanted)
 
 
 def test_frozen_targets_are_shared_by_the_members_of_a_chain() -> None:

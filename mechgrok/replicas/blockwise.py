@@ -1,5 +1,6 @@
 """What both potentials of this package do: targets, weights, and examples in blocks that fit the memory."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -10,7 +11,7 @@ from mechgrok.replicas.network import Network
 from mechgrok.types import Examples
 
 AT_ONCE = 64  # examples that the frozen part of the model is run on at once
-WORKING_SET = 2**24  # numbers that a block's activations may take, if the memory allows: 64 MB in float32
+WORKING_SET = 2**25  # numbers that a block's activations may take, if the memory allows: 128 MB in float32
 
 
 class Blockwise(ABC):
@@ -57,8 +58,9 @@ class Blockwise(ABC):
         """How many numbers the activations of one replica on one example take, about."""
 
     def _blocks(self, n_replicas: int, index: Tensor) -> tuple[Tensor, ...]:
-        at_once = int(min(WORKING_SET, self._memory) / (self._numbers() * n_replicas))
-        return index.split(max(1, at_once), dim=1)
+        at_once = max(1, int(min(WORKING_SET, self._memory) / (self._numbers() * n_replicas)))
+        n_blocks = math.ceil(index.shape[1] / at_once)  # of one size: a small rest would cost as many calls
+        return index.split(math.ceil(index.shape[1] / n_blocks), dim=1)
 
     def _evaluate(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """(losses Float64[replica, example], their weighted sum Float[replica])."""
@@ -72,4 +74,5 @@ def numbers_of_a_layer(net: Network, n_heads: int) -> int:
     """What a layer keeps for its backward pass, and the gradients of that, about: patterns, q, k, v, z, MLP."""
     cfg, n_pos = net.cfg, net.n_pos
     mlp = 0 if cfg.attn_only else 4 * (cfg.d_mlp or 0)
-    return n_pos * (n_heads * (n_pos + 8 * cfg.d_head) + 6 * cfg.d_model + mlp)
+    patterns = n_heads * n_pos if net.keeps_patterns else 0
+    return n_pos * (patterns + 8 * n_heads * cfg.d_head + 6 * cfg.d_model + mlp)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechgrok.replicas import fused
+
 BLOCK = 2**19  # logits at once: smaller blocks read the readout too often
-TINY = 1e-30  # a probability whose logarithm is taken from the logits instead
+FAR = -69.0  # a target whose logit lies further below the highest has next to none of the sum of all
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,24 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        n_chains, n_rows = targets.shape
-        n_classes = readout.shape[-1]
-        nats, dx = x.new_empty(x.shape[:2]), torch.empty_like(x)
+        shape, n_classes = x.shape, readout.shape[-1]
         moving = len(readout) > 1, len(bias) > 1
+        every_weight = weights.repeat(len(x) // len(weights), 1)
+        if not any(moving):  # one readout serves all replicas, so their rows are those of one, in long products
+            targets = targets.repeat(len(x) // len(targets), 1).view(1, -1)
+            x, weights = x.flatten(0, 1)[None], every_weight.view(1, -1)
+        n_chains, n_rows = targets.shape
+        nats, dx = x.new_empty(x.shape[:2]), torch.empty_like(x)
         dreadout = torch.zeros_like(readout) if ctx.needs_input_grad[1] else None
         dbias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        buffers = x.new_empty(2, min(n_rows, _rows(n_classes)) * n_classes)
+        buffer = x.new_empty(min(n_rows, _rows(n_classes)) * n_classes)
+        same = x.new_ones(n_rows)
         for replica in range(len(x)):
             matrix, offset = readout[replica * moving[0]], bias[replica * moving[1]]
             for rows in _slices(n_rows, _rows(n_classes)):
                 own = x[replica, rows]
-                logits, grad = buffers[:, : len(own) * n_classes].view(2, len(own), n_classes)
-                torch.mm(own, matrix, out=logits).add_(offset)
-                nats[replica, rows] = _softmax(logits, targets[replica % n_chains, rows, None], grad)
+                grad = torch.mm(own, matrix, out=buffer[: len(own) * n_classes].view(len(own), n_classes))
+                nats[replica, rows], _ = _softmax(grad, same[rows], offset, targets[replica % n_chains, rows])
                 if not any(ctx.needs_input_grad[:3]):
                     continue
                 each = weights[replica % n_chains, rows, None]
@@ -81,9 +87,10 @@ class _CrossEntropy(torch.autograd.Function):
                     dreadout[replica * moving[0]].addmm_((own * each).T, grad)
                 if dbias is not None:
                     dbias[replica * moving[1]] += each[:, 0] @ grad
-        ctx.gradients = (dx, dreadout, dbias)
+        ctx.gradients = (dx.view(shape), dreadout, dbias)
+        nats = nats.view(shape[:2])
         ctx.mark_non_differentiable(nats)
-        return nats, (nats.unflatten(0, (-1, n_chains)) * weights).sum(2).flatten()
+        return nats, (nats * every_weight).sum(1)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _LowRank(torch.autograd.Function):
-    """All in one product: [z, 1 / scale, -before] [readout; bias; before_readout] beside what the replicas share."""
+    """One product: [z, -before] [readout; before_readout], beside what the replicas share."""
 
     @staticmethod
     def forward(
@@ -107,37 +114,31 @@ class _LowRank(torch.autograd.Function):
         n_chains, n_rows = targets.shape
         n_classes, rank = readout.shape[-1], z.shape[-1]
         # [member, chain, ...]
-        inner = torch.cat([z, 1 / scale[..., None], -frozen.before], dim=2).unflatten(0, (-1, n_chains))
+        inner = torch.cat([z, -frozen.before], dim=2).unflatten(0, (-1, n_chains))
         z4, readout4, scale4 = (part.unflatten(0, (-1, n_chains)) for part in (z, readout, scale))
         nats, dz = z.new_empty(z4.shape[:3]), torch.empty_like(z4)
         dreadout, dscale = torch.zeros_like(readout4), torch.empty_like(scale4)
         n_members = len(z4)
         n_at_once = min(n_rows, _rows(n_classes))
         many = max(1, min(BLOCK // (n_classes * n_at_once), n_members))
-        buffers = z.new_empty(2, many * n_at_once * n_classes)
-        same = bias.expand(n_members, 1, -1)
+        buffer = z.new_empty(many * n_at_once * n_classes)
         for chain in range(n_chains):
-            outer = torch.cat([readout4[:, chain], same, frozen.before_readout], dim=1)
+            outer = torch.cat([readout4[:, chain], frozen.before_readout], dim=1)
             for rows in _slices(n_rows, n_at_once):
                 shared = frozen.base[chain, rows] @ frozen.readout
                 for who in _slices(n_members, many):
-                    own, matrix = inner[who, chain, rows], outer[who]
+                    own, matrix, by = inner[who, chain, rows], outer[who], scale4[who, chain, rows]
                     shape = (*own.shape[:2], n_classes)
-                    logits, grad = buffers[:, : math.prod(shape)].view(2, *shape)
-                    by = scale4[who, chain, rows, None]
-                    torch.baddbmm(shared, own, matrix, out=logits).mul_(by)
-                    target = targets[chain, rows].expand(shape[:2]).unsqueeze(-1)
-                    nats[who, chain, rows] = _softmax(logits, target, grad)
+                    grad = torch.baddbmm(shared, own, matrix, out=buffer[: math.prod(shape)].view(shape))
+                    target = targets[chain, rows].expand(shape[:2])
+                    nats[who, chain, rows], along = _softmax(grad, by, bias[0], target)
                     if not any(ctx.needs_input_grad[:3]):
                         continue
                     # Rows are scaled where they are narrow, not where they are as wide as the vocabulary.
-                    each = weights[chain, rows, None] * by
-                    back = torch.bmm(grad, matrix[:, : rank + 1].transpose(1, 2))
-                    dz[who, chain, rows] = back[..., :rank] * each
+                    each = (weights[chain, rows] * by)[..., None]
+                    dz[who, chain, rows] = torch.bmm(grad, matrix[:, :rank].transpose(1, 2)) * each
                     dreadout[who, chain] += torch.bmm((own[..., :rank] * each).transpose(1, 2), grad)
-                    # d total / d scale is the sum over classes of grad (logits - bias) / scale; back ends in grad bias.
-                    change = logits.mul_(grad).sum(-1) - back[..., rank]
-                    dscale[who, chain, rows] = change * weights[chain, rows] / by[..., 0]
+                    dscale[who, chain, rows] = along * weights[chain, rows]
         ctx.gradients = tuple(part.flatten(0, 1) for part in (dz, dreadout, dscale))
         nats = nats.flatten(0, 1)
         ctx.mark_non_differentiable(nats)
@@ -148,18 +149,26 @@ class _LowRank(torch.autograd.Function):
         return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None, None, None
 
 
-def _softmax(logits: Tensor, target: Tensor, grad: Tensor) -> Tensor:
-    """nats Float[..., row]; `grad` becomes softmax(logits) - onehot(target)."""
-    torch.softmax(logits, -1, out=grad)
-    own = grad.gather(-1, target).squeeze(-1)
-    grad.scatter_(-1, target, 0.0)
-    others = grad.sum(-1)
-    far = -own.log()
-    if own.is_cuda or bool((own < TINY).any()):  # a look that costs a GPU more than the sum that it spares
-        log_z = logits.logsumexp(-1)
-        far = torch.where(own < TINY, log_z - logits.gather(-1, target).squeeze(-1), far)
-    grad.scatter_(-1, target, -others.unsqueeze(-1))
-    return torch.where(own > 0.5, -torch.log1p(-others), far)
+def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(nats, their derivative by scale), both Float[..., row], of the logits y = scale x + bias.
+
+    `logits`, Float[..., row, class] and contiguous, holds x, and softmax(y) - onehot(target) afterwards.
+    """
+    if fused.serves(logits):
+        others, away, along = (torch.empty(target.shape) for _ in range(3))
+        given = (logits, scale.contiguous(), bias.contiguous(), target.contiguous(), others, away, along)
+        fused.softmax(*(part.detach().view(-1).numpy() for part in given))
+    else:
+        y = logits * scale[..., None] + bias
+        at, top = target[..., None], y.amax(-1, keepdim=True)
+        away = (y.gather(-1, at) - top)[..., 0]
+        each = (y - top).exp_().scatter_(-1, at, 0.0)
+        others = each.sum(-1)
+        grad = each.scatter_(-1, at, -others[..., None]).mul_((1 / (others + away.exp()))[..., None])
+        along = (logits * grad).sum(-1)
+        logits.copy_(grad)
+    # Where the target has most of the probability this is log1p of something small, exact however small it is.
+    return torch.where(away > FAR, torch.log1p(others / away.exp()), others.log() - away), along
 
 
 def _rows(n_classes: int) -> int:

@@ -81,7 +81,7 @@ class LayerHeads(Blockwise):
             letter: own[f"b_{letter}"].transpose(0, 1)[:, None] + net.positions(layer, letter, read, frozen)
             for letter, read in reads.items()
         }
-        z = net.heads(layer, given.normalized, reads, biases, self._heads).flatten(0, 1)
+        z = net.heads(layer, given.normalized, net.reads(layer, reads, biases), self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
         norm, readout, bias = net.norm("ln_final", frozen), self._readout, self._bias
         if self._before_readout is not None:

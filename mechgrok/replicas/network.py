@@ -7,6 +7,7 @@ after another. LayerNorm's centring and gain are folded into the weights that re
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import LayerNorm, LayerNormPre
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from mechgrok.replicas.attention import attend, mix_heads, read_heads
+from mechgrok.replicas import fused
+from mechgrok.replicas.attention import attend
 from mechgrok.types import Examples
 
 Parameters = Mapping[str, Tensor]  # full name -> Float[replica or 1, ...]
@@ -84,6 +86,18 @@ class Norm:
         return resid if inverse is None else resid * inverse[..., None]
 
 
+@dataclass(frozen=True)
+class Reads:
+    """(weight, bias) by which heads read the normalized residual stream, side by side: part, then head, then d_head.
+
+    Float[replica or 1, d_model, m] and Float[replica or 1, pos or 1, m]. q is None where all positions are
+    queries: then `rest` holds q, k and v, else k and v.
+    """
+
+    q: tuple[Tensor, Tensor] | None
+    rest: tuple[Tensor, Tensor]
+
+
 class Network:
     """The layers of one model on sequences whose losses are scored at some positions only."""
 
@@ -95,7 +109,10 @@ class Network:
         self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
         self.every = torch.arange(self.n_pos, device=examples.tokens.device)
         self._modules = dict(model.named_modules())
-        self._frozen_qkv: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self.keeps_patterns = (
+            not fused.serves(self.frozen["embed.W_E"]) or self.cfg.positional_embedding_type == "alibi"
+        )
+        self._frozen_qkv: dict[int, Reads] = {}
 
     def queries(self, layer: int) -> Tensor:
         """The positions that anything reads after this layer's attention."""
@@ -122,40 +139,30 @@ class Network:
             resid = resid + parameters["pos_embed.W_pos"][:, None, : self.n_pos]
         return resid.flatten(1, 2)
 
-    def heads(
-        self,
-        layer: int,
-        rows: Tensor,
-        weights: Mapping[str, Tensor],
-        biases: Mapping[str, Tensor],
-        which: Sequence[int] | None = None,
-    ) -> Tensor:
-        """z Float[head, replica, row, d_head] of heads that read these rows, Float[replica, row, d_model].
+    def heads(self, layer: int, rows: Tensor, reads: Reads, which: Sequence[int] | None = None) -> Tensor:
+        """z of heads that read these rows, Float[replica, row, d_model].
 
         Args:
             which: the heads' numbers, None for all of the layer.
-            weights: Q, K, V -> Float[replica or 1, head, d_model, d_head].
-            biases: Q, K, V -> Float[replica or 1, pos or 1, head, d_head].
+
+        Returns:
+            Float[replica, row, head * d_head] of all heads, Float[head, replica, row, d_head] of some.
         """
-        every = len(self.queries(layer)) == self.n_pos
-        q = None if every else self._read(self._at_queries(rows, layer), weights, biases, "Q")[0]
-        rest = self._read(rows, weights, biases, "QKV" if every else "KV")
+        apart, shape = which is not None, (self.cfg.n_heads if which is None else len(which), self.cfg.d_head)
+        rest, q = linear(rows, *reads.rest).view(-1, self.n_pos, 3 if reads.q is None else 2, *shape), None
+        if reads.q is not None:
+            q = linear(self._at_queries(rows, layer), *reads.q).view(-1, len(self.scored), *shape)
         if self.cfg.positional_embedding_type == "rotary":
             q = None if q is None else self._rotate(q, layer, self.queries(layer))
-            rest = torch.cat([self._rotate(rest[:-1], layer, self.every), rest[-1:]])
-        z = attend(q, rest, self._bias(layer, which, rest), 1 / float(self._attention(layer).attn_scale))
-        return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
+            rest = torch.cat([self._rotate(rest[:, :, :-1], layer, self.every), rest[:, :, -1:]], dim=2)
+        scale = 1 / float(self._attention(layer).attn_scale)
+        z = attend(q, rest, self._n_keys(layer), scale, self._bias(layer, which, rest), apart)
+        if apart:
+            return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
+        return z.flatten(2).unflatten(0, (len(rows), -1)).flatten(1, 2)
 
-    def _read(self, rows: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], of: str) -> Tensor:
-        """Float[part, head, example, pos, d_head]."""
-        weight = torch.cat(torch.broadcast_tensors(*(weights[letter] for letter in of)), dim=1)
-        bias = torch.cat(torch.broadcast_tensors(*(biases[letter] for letter in of)), dim=2)
-        read = read_heads(rows, weight, bias)
-        n_pos = len(self.scored) if of == "Q" else self.n_pos
-        return read.view(len(of), len(read) // len(of), -1, n_pos, read.shape[-1])
-
-    def qkv(self, layer: int, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(weights, biases) of the model's own heads, as `heads` wants them, with the norm folded in."""
+    def qkv(self, layer: int, parameters: Parameters) -> Reads:
+        """How the model's own heads read, with the norm folded in."""
         if parameters is self.frozen and layer in self._frozen_qkv:
             return self._frozen_qkv[layer]
         norm, weights, biases = self.norm(f"blocks.{layer}.ln1", parameters), {}, {}
@@ -164,9 +171,22 @@ class Network:
             bias = parameters[f"blocks.{layer}.attn.b_{letter}"][:, None]
             bias = bias + self.positions(layer, letter, weight, parameters)
             weights[letter], biases[letter] = norm.fold_heads(weight, bias)
+        reads = self.reads(layer, weights, biases)
         if parameters is self.frozen:
-            self._frozen_qkv[layer] = weights, biases
-        return weights, biases
+            self._frozen_qkv[layer] = reads
+        return reads
+
+    def reads(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> Reads:
+        """Of Q, K, V -> Float[replica or 1, head, d_model, d_head] and Float[replica or 1, pos or 1, head, d_head]."""
+
+        def side_by_side(letters: str) -> tuple[Tensor, Tensor]:
+            weight = torch.stack(torch.broadcast_tensors(*(weights[letter] for letter in letters)), dim=1)
+            bias = torch.stack(torch.broadcast_tensors(*(biases[letter] for letter in letters)), dim=2)
+            return weight.permute(0, 3, 1, 2, 4).flatten(2), bias.flatten(2)
+
+        if len(self.queries(layer)) == self.n_pos:
+            return Reads(None, side_by_side("QKV"))
+        return Reads(side_by_side("Q"), side_by_side("KV"))
 
     def positions(self, layer: int, letter: str, weight: Tensor, parameters: Parameters) -> Tensor | float:
         """What shortformer's positions add to queries and keys, Float[replica or 1, pos, head, d_head]; 0 elsewhere."""
@@ -176,29 +196,32 @@ class Network:
         return torch.einsum("rpd,rhde->rphe", parameters["pos_embed.W_pos"][:, at], weight)
 
     def _rotate(self, split: Tensor, layer: int, at: Tensor) -> Tensor:
+        """Float[example, pos, ..., head, d_head], turned by position."""
         cfg, attention = self.cfg, self._attention(layer)
         turned, rest = split.split([cfg.rotary_dim or 0, cfg.d_head - (cfg.rotary_dim or 0)], dim=-1)
-        cos, sin = attention.rotary_cos[at], attention.rotary_sin[at]
+        over_heads = (len(at), *[1] * (split.ndim - 3), -1)
+        cos, sin = attention.rotary_cos[at].view(over_heads), attention.rotary_sin[at].view(over_heads)
         return torch.cat([turned * cos + attention.rotate_every_two(turned) * sin, rest], dim=-1)
 
-    def _bias(self, layer: int, which: Sequence[int] | None, like: Tensor) -> Tensor:
-        """What is added to the scores, Float[head or 1, query, key]."""
-        at = self.queries(layer)
-        bias = like.new_zeros(1, len(at), self.n_pos)
-        if self.cfg.positional_embedding_type == "alibi":
-            bias = AbstractAttention.create_alibi_bias(self.cfg.n_heads, self.n_pos, "cpu").to(like)[:, at]
-            bias = bias if which is None else bias[list(which)]
-        if self.cfg.attention_dir == "causal":
-            bias = bias.masked_fill(self.every > at[:, None], -torch.inf)
-        return bias
+    def _n_keys(self, layer: int) -> Tensor:
+        """How many keys each query sees, from the first on: Int[query]."""
+        at = self.queries(layer).cpu()
+        return at + 1 if self.cfg.attention_dir == "causal" else torch.full_like(at, self.n_pos)
+
+    def _bias(self, layer: int, which: Sequence[int] | None, like: Tensor) -> Tensor | None:
+        """What is added to the scores, Float[head, query, key]."""
+        if self.cfg.positional_embedding_type != "alibi":
+            return None
+        bias = AbstractAttention.create_alibi_bias(self.cfg.n_heads, self.n_pos, "cpu").to(like)
+        return bias[:, self.queries(layer)] if which is None else bias[list(which)][:, self.queries(layer)]
 
     def layer(self, layer: int, resid: Tensor, parameters: Parameters) -> Tensor:
         """The residual stream after a layer; after the last one at the scored positions only."""
         normalized = self.norm(f"blocks.{layer}.ln1", parameters)(resid)
-        z = self.heads(layer, normalized, *self.qkv(layer, parameters))
+        z = self.heads(layer, normalized, self.qkv(layer, parameters))
         resid = resid if len(self.queries(layer)) == self.n_pos else self._at_queries(resid, layer)
         prefix = f"blocks.{layer}.attn."
-        resid = mix_heads(z, parameters[f"{prefix}W_O"], resid, parameters[f"{prefix}b_O"][:, None])
+        resid = resid + linear(z, parameters[f"{prefix}W_O"].flatten(1, 2), parameters[f"{prefix}b_O"][:, None])
         return self.mlp(layer, resid, parameters)
 
     def mlp(self, layer: int, resid: Tensor, parameters: Parameters) -> Tensor:
@@ -224,5 +247,37 @@ class Network:
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """rows Float[replica, row, k] weight Float[replica or 1, k, m] + bias Float[replica or 1, pos or 1, m]."""
-    out = torch.matmul(rows, weight[0]) if len(weight) == 1 else torch.bmm(rows, weight)
-    return out.view(len(out), -1, *bias.shape[1:]).add_(bias[:, None]).flatten(1, 2)
+    return _Linear.apply(rows, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The bias goes into the product's own memory, which torch's backward pass would answer with copies of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.bias = bias.shape
+        out = _product(rows, weight)
+        out.view(len(out), -1, *bias.shape[1:]).add_(bias[:, None])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        drows = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            drows = _product(dout, weight.transpose(1, 2))
+        if ctx.needs_input_grad[1]:
+            dweight = torch.bmm(rows.transpose(1, 2), dout)
+        if ctx.needs_input_grad[2]:
+            dbias = dout.unflatten(1, (-1, ctx.bias[1])).sum(1)
+        return drows, *(_shared(part, n) for part, n in ((dweight, len(weight)), (dbias, ctx.bias[0])))
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.matmul(rows, weight[0]) if len(weight) == 1 else torch.bmm(rows, weight)
+
+
+def _shared(gradient: Tensor | None, n: int) -> Tensor | None:
+    """Of what all replicas share, the sum over them."""
+    return gradient if gradient is None or len(gradient) == n else gradient.sum(0, keepdim=True)

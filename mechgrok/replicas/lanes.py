@@ -1,0 +1,182 @@
+"""Sixteen float32 numbers at once, for loops that numba compiles: LLVM makes the processor's own vectors of them.
+
+numba keeps compiled loops on disk and looks only whether the file changed that a loop stands in. After a change
+here, `make clean` them.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+WIDTH = 16
+FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
+INTS = ir.VectorType(ir.IntType(32), WIDTH)
+CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
+
+number = np.float32
+LEAST = number(-87)  # below this `exp` stays where it is, at 1e-38
+
+
+class Lanes(types.Type):
+    """The type, in numba's eyes, of sixteen float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Lanes")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any):
+        super().__init__(manager, kind, FLOATS)
+
+
+lanes = Lanes()
+
+
+def _operation(result: types.Type) -> Callable[[Callable[..., Any]], Any]:
+    """Make what emits LLVM's instructions callable in loops: arrays come as pointers, whole numbers as intp."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def typed(_typing: Any, *kinds: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                given = [
+                    context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+                    for kind, value in zip(signature.args, values, strict=True)
+                ]
+                made = emit(builder, *given)
+                return context.get_dummy_value() if result is types.void else made
+
+            whole = (types.intp if isinstance(kind, types.Integer) else kind for kind in kinds)
+            return result(*whole), codegen
+
+        typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]  # the context in place of the builder
+        typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+        return intrinsic(typed)
+
+    return decorate
+
+
+def _all(value: Any, kind: ir.VectorType = FLOATS) -> ir.Constant:
+    return ir.Constant(kind, [int(value) if kind is INTS else float(value)] * WIDTH)
+
+
+def _int32(value: int) -> ir.Constant:
+    return ir.Constant(ir.IntType(32), value)
+
+
+def _spread(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType = FLOATS) -> ir.Value:
+    nothing = ir.Constant(kind, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(nothing, value, _int32(0)), nothing, _all(0, INTS))
+
+
+def _is_first(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
+    """Which lanes are among the first n."""
+    here = ir.Constant(INTS, list(range(WIDTH)))
+    return builder.icmp_signed("<", here, _spread(builder, builder.trunc(n, ir.IntType(32)), INTS))
+
+
+def _place(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
+    return builder.bitcast(builder.gep(array, [at]), FLOATS.as_pointer())
+
+
+def _call(builder: ir.IRBuilder, name: str, result: Any, *args: ir.Value, **flags: Any) -> ir.Value:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), args, **flags)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
+
+
+@_operation(lanes)
+def load(builder, array, at, n, other):
+    """The n numbers of a one-dimensional array from `at` on, and `other` in the lanes left, which are not read."""
+    given = (_place(builder, array, at), _int32(4), _is_first(builder, n), _spread(builder, other))
+    return _call(builder, "masked.load.v16f32.p0", FLOATS, *given)
+
+
+@_operation(types.void)
+def store(builder, array, at, n, x):
+    """Write the first n lanes of x to a one-dimensional array from `at` on."""
+    given = (x, _place(builder, array, at), _int32(4), _is_first(builder, n))
+    _call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
+
+
+@_operation(types.void)
+def prefetch(builder, array, at):
+    """Have the number at `at` brought into the first cache, to be read."""
+    _call(builder, "prefetch.p0", ir.VoidType(), _place(builder, array, at), _int32(0), _int32(3), _int32(1))
+
+
+@_operation(lanes)
+def spread(builder, value):
+    """One number in all lanes."""
+    return _spread(builder, value)
+
+
+@_operation(lanes)
+def spread_from(builder, array, at):
+    """The number at `at` in all lanes; unlike array[at] it does not look whether `at` is negative."""
+    return _spread(builder, builder.load(builder.gep(array, [at])))
+
+
+@_operation(lanes)
+def plus(builder, a, b):
+    """a + b."""
+    return builder.fadd(a, b, flags=CONTRACT)
+
+
+@_operation(lanes)
+def minus(builder, a, b):
+    """a - b."""
+    return builder.fsub(a, b, flags=CONTRACT)
+
+
+@_operation(lanes)
+def times(builder, a, b):
+    """a * b."""
+    return builder.fmul(a, b, flags=CONTRACT)
+
+
+@_operation(lanes)
+def over(builder, a, b):
+    """a / b."""
+    return builder.fdiv(a, b)
+
+
+@_operation(lanes)
+def larger(builder, a, b):
+    """a where it is larger than b, else b: so NaN in b stays, and NaN in a does not."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_operation(types.float32)
+def added(builder, x):
+    """The sum of the lanes."""
+    start = ir.Constant(ir.FloatType(), 0.0)
+    return _call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
+
+
+@_operation(lanes)
+def exp(builder, x):
+    """exp x for x <= 0, to 1.2e-7 of it; x below LEAST counts as LEAST. NaN stays NaN.
+
+    2^n exp(r) with n = round(x / ln 2), and a polynomial for r; its coefficients are those of Cephes' expf.
+    """
+    x = builder.select(builder.fcmp_ordered("<", x, _all(LEAST)), _all(LEAST), x)
+    n = _call(builder, "rint.v16f32", FLOATS, builder.fmul(x, _all(1.4426950408889634)))
+    r = _fma(builder, n, _all(-0.693359375), x)  # ln 2 in two parts, the first exact
+    r = _fma(builder, n, _all(number(2.12194440e-4)), r)
+    series = _all(number(1.9875691500e-4))
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        series = _fma(builder, series, r, _all(number(c)))
+    series = _fma(builder, series, builder.fmul(r, r), builder.fadd(r, _all(1)))
+    # Added to this, n + 127 stands in the last bits; moved up by 23 it is the exponent of 2^n.
+    bits = builder.bitcast(builder.fadd(n, _all(2**23 + 2**22 + 127)), INTS)
+    return builder.fmul(series, builder.bitcast(builder.shl(bits, _all(23, INTS)), FLOATS))
