@@ -11,7 +11,7 @@ from mechgrok.replicas.network import Network
 from mechgrok.types import Examples
 
 AT_ONCE = 64  # examples that the frozen part of the model is run on at once
-WORKING_SET = 2**25  # numbers that a block's activations may take, if the memory allows: 128 MB in float32
+WORKING_SET = 2**24  # numbers that a block's activations may take, if the memory allows: 64 MB in float32
 
 
 class Blockwise(ABC):
