@@ -1,6 +1,7 @@
 """Seconds per draw, beside devinterp: the same model, data and settings, one thread each.
 
-    python -m benchmarks.speed [--shapes small modular-addition paper] [--write docs/speed.md]     # make bench
+    python -m benchmarks.speed [--shapes small modular-addition paper] [--engines mechgrok "plain path"]
+        [--write docs/speed.md]     # part of make bench
 
 CPU seconds of the sampling alone, for one replica and one step of it ("draw"), without what does not grow with the
 draws. Every row is measured in a process of its own, which also tells the largest memory; the model is trained before,
@@ -82,9 +83,9 @@ def targets(model: HookedTransformer) -> list[str]:
 
 
 def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str, engine: str) -> dict[str, float]:
-    """One row: run once with few draws to warm up and to know what does not grow with them, then with all."""
+    """One row: run with few draws, twice, as the first may compile, to know what does not grow with them; then with all."""
     few, seconds = 8, []
-    for n_draws in (few, few + shape.n_draws):
+    for n_draws in (few, few, few + shape.n_draws):
         config = mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=0,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
@@ -95,7 +96,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
             estimates = _estimates(model, data, target, engine, config)
         seconds.append(time.process_time() - start)
     first = estimates[0]
-    per_draw = (seconds[1] - seconds[0]) / (4 * shape.n_draws * len(estimates))
+    per_draw = (seconds[2] - seconds[1]) / (4 * shape.n_draws * len(estimates))
     return {
         "per draw": per_draw,
         "per effective": per_draw * first.losses.size / first.health.ess,
@@ -160,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", help="also write the tables to this Markdown file")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["mechgrok"], help="beside devinterp")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     given = parser.parse_args()

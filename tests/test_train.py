@@ -72,11 +72,15 @@ def test_training_twice_gives_the_same_bits_on_any_number_of_threads(n_threads: 
 
 
 def test_reproducible_restores_what_was_set_even_after_an_error() -> None:
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    def state() -> tuple[int, bool, bool]:
+        fills = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), fills
+
+    before = state()
     with pytest.raises(KeyError), reproducible(2):
-        assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (2, True)
+        assert state() == (2, True, False)
         raise KeyError
-    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+    assert state() == before
 
 
 def test_the_published_preset_builds_and_takes_a_step(tmp_path: Path) -> None:
