@@ -83,7 +83,7 @@ def targets(model: HookedTransformer) -> list[str]:
 
 
 def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str, engine: str) -> dict[str, float]:
-    """One row: run with few draws, twice, as the first may compile, to know what does not grow with them; then with all."""
+    """One row: few draws twice, as the first time may compile, to know what does not grow with them; then all."""
     few, seconds = 8, []
     for n_draws in (few, few, few + shape.n_draws):
         config = mg.LLCConfig(
