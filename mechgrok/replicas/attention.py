@@ -16,8 +16,8 @@ def attend(
     Args:
         q: Float[example, query, head, d_head], or None where it comes first in `rest`.
         rest: Float[example, key, part, head, d_head], the parts being q, k, v or k, v.
-        n_keys: Int[query], on the CPU: each query sees that many keys, from the first on; never fewer than the
-            query before it, and one at least.
+        n_keys: Int[query]: each query sees that many keys, from the first on; never fewer than the query before
+            it, and one at least.
         bias: Float[head, query, key].
         apart: each head by itself.
 
@@ -34,8 +34,8 @@ def _plain(q: Tensor | None, rest: Tensor, n_keys: Tensor, scale: float, bias: T
     scores = scale * torch.einsum("eqhd,ekhd->hqek", query, key)
     if bias is not None:
         scores = scores + bias[:, :, None]
-    hidden = torch.arange(key.shape[1]) >= n_keys[:, None]
-    pattern = scores.masked_fill(hidden[:, None].to(scores.device), -torch.inf).softmax(-1)
+    hidden = torch.arange(key.shape[1], device=key.device) >= n_keys[:, None]
+    pattern = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
     return torch.einsum("hqek,ekhd->heqd" if apart else "hqek,ekhd->eqhd", pattern, value)
 
 

@@ -205,7 +205,7 @@ class Network:
 
     def _n_keys(self, layer: int) -> Tensor:
         """How many keys each query sees, from the first on: Int[query]."""
-        at = self.queries(layer).cpu()
+        at = self.queries(layer)
         return at + 1 if self.cfg.attention_dir == "causal" else torch.full_like(at, self.n_pos)
 
     def _bias(self, layer: int, which: Sequence[int] | None, like: Tensor) -> Tensor | None:
