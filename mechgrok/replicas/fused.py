@@ -23,7 +23,7 @@ from mechgrok.replicas.lanes import (
     spread_from,
     store,
     times,
-)  # fmt: skip
+)
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
