@@ -59,4 +59,3 @@ bench-calibration: .venv/installed
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find mechgrok -name '*.nb[ic]' -delete

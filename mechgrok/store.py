@@ -284,6 +284,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MECHGROK_CACHE") or "~/.cache/mechgrok").expanduser()
 
 
+def compiled_folder(sources: Path) -> Path:
+    """Where what is compiled from a folder's files is kept: another place as soon as any of them changes."""
+    contents = hashlib.sha256()
+    for path in sorted(sources.glob("*.py")):
+        contents.update(path.name.encode() + path.read_bytes())
+    return cache_folder() / f"compiled-{contents.hexdigest()[:16]}"
+
+
 def cached_json(key: Any, make: Callable[[], Any]) -> Any:
     """What `make()` returns, as JSON gives it back; made once for every `key`, which is JSON too.
 

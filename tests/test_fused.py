@@ -112,16 +112,17 @@ def test_scores_may_be_large_and_a_nan_stays_with_its_example() -> None:
 def test_softmax_against_float64(n_rows: int, n_classes: int, size: float) -> None:
     x, bias = amid_nan(size * normal("x", n_rows, n_classes)), amid_nan(normal("b", n_classes))
     scale, target = normal("scale", n_rows).abs() + 0.1, torch.arange(n_rows) % n_classes
+    factor = normal("factor", n_rows)
     exact = x.double()
     by = scale.double().requires_grad_()
     y = by[:, None] * exact + bias.double()
     nats = -y.log_softmax(-1).gather(1, target[:, None])[:, 0]
     others, away, along = (torch.empty(n_rows) for _ in range(3))
-    fused.softmax(*(part.view(-1).numpy() for part in (x, scale, bias, target, others, away, along)))
+    fused.softmax(*(part.view(-1).numpy() for part in (x, scale, bias, target, factor, others, away, along)))
     found = others.double().log() - away.double() + torch.log1p(away.double().exp() / others.double())
     torch.testing.assert_close(found, nats.detach(), rtol=1e-5, atol=1e-5)
     wanted = (y.softmax(-1) - torch.nn.functional.one_hot(target, n_classes)).detach()
-    torch.testing.assert_close(x.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.double(), factor[:, None].double() * wanted, rtol=1e-4, atol=1e-5)
     (dscale,) = torch.autograd.grad(nats.sum(), by)
     torch.testing.assert_close(along.double(), dscale, rtol=1e-4, atol=1e-5 * (1 + size * float(dscale.abs().max())))
 
@@ -130,8 +131,14 @@ def test_a_row_that_is_not_finite_stays_by_itself() -> None:
     x = normal("x", 3, 40)
     x[1, 3] = torch.nan
     whole = x.clone()
-    rest = [torch.ones(3), torch.zeros(40), torch.zeros(3, dtype=torch.int64), *(torch.empty(3) for _ in range(3))]
+    rest = [
+        torch.ones(3),
+        torch.zeros(40),
+        torch.zeros(3, dtype=torch.int64),
+        torch.ones(3),
+        *(torch.empty(3) for _ in range(3)),
+    ]
     fused.softmax(*(part.view(-1).numpy() for part in (x, *rest)))
-    assert x[1].isnan().all() and rest[3][1].isnan()
+    assert x[1].isnan().all() and rest[4][1].isnan()
     torch.testing.assert_close(x[::2].sum(1), torch.zeros(2), atol=1e-6, rtol=0)
     assert whole[::2].isfinite().all() and x[::2].isfinite().all()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from mechgrok import pipeline, seeds
 from mechgrok.errors import CheckpointError, RunDirectoryError
-from mechgrok.store import RunDirectory, read_json, run_directories
+from mechgrok.store import RunDirectory, compiled_folder, read_json, run_directories
 from mechgrok.types import CheckpointMetrics
 from tests.oracles import tiny_config
 
@@ -173,3 +173,14 @@ def test_runs_are_found_and_bad_json_is_named(run: RunDirectory, tmp_path: Path)
         read_json(tmp_path / "bad.json")
     with pytest.raises(RunDirectoryError, match="cannot read"):
         read_json(tmp_path / "none.json")
+
+
+def test_what_was_compiled_is_kept_apart_for_each_state_of_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MECHGROK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.py").write_text("x = 1")
+    before = compiled_folder(tmp_path)
+    assert compiled_folder(tmp_path) == before and before.parent == tmp_path / "cache"
+    (tmp_path / "a.py").write_text("x = 2")
+    assert compiled_folder(tmp_path) != before

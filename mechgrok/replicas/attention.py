@@ -74,8 +74,8 @@ def _arguments(q: Tensor | None, rest: Tensor, n_keys: Tensor, scale: float, sum
     first, row = (rest, rest_row) if q is None else (q, n_heads * d_head)
     return (
         _flat(first), first.shape[1] * row, row, _flat(rest), rest_row, n_pos,
-        n_keys.numpy(), fused.number(scale), n_heads, d_head,
-        _flat(torch.zeros(d_head * fused.WIDTH)), _flat(torch.empty(n_pos * fused.WIDTH)), _flat(sums),
+        n_keys.to(torch.float32).numpy(), fused.number(scale), n_heads, d_head,
+        _flat(torch.empty(d_head * fused.WIDTH)), _flat(torch.empty(n_pos * fused.WIDTH)), False, _flat(sums),
     )  # fmt: skip
 
 

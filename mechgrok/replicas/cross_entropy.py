@@ -78,15 +78,15 @@ class _CrossEntropy(torch.autograd.Function):
             for rows in _slices(n_rows, _rows(n_classes)):
                 own = x[replica, rows]
                 grad = torch.mm(own, matrix, out=buffer[: len(own) * n_classes].view(len(own), n_classes))
-                nats[replica, rows], _ = _softmax(grad, same[rows], offset, targets[replica % n_chains, rows])
+                target, each = (part[replica % n_chains, rows] for part in (targets, weights))
+                nats[replica, rows], _ = _softmax(grad, same[rows], offset, target, each)
                 if not any(ctx.needs_input_grad[:3]):
                     continue
-                each = weights[replica % n_chains, rows, None]
-                torch.mm(grad, matrix.T, out=dx[replica, rows]).mul_(each)
+                torch.mm(grad, matrix.T, out=dx[replica, rows])
                 if dreadout is not None:
-                    dreadout[replica * moving[0]].addmm_((own * each).T, grad)
+                    dreadout[replica * moving[0]].addmm_(own.T, grad)
                 if dbias is not None:
-                    dbias[replica * moving[1]] += each[:, 0] @ grad
+                    dbias[replica * moving[1]] += grad.sum(0)
         ctx.gradients = (dx.view(shape), dreadout, dbias)
         nats = nats.view(shape[:2])
         ctx.mark_non_differentiable(nats)
@@ -131,13 +131,11 @@ class _LowRank(torch.autograd.Function):
                     shape = (*own.shape[:2], n_classes)
                     grad = torch.baddbmm(shared, own, matrix, out=buffer[: math.prod(shape)].view(shape))
                     target = targets[chain, rows].expand(shape[:2])
-                    nats[who, chain, rows], along = _softmax(grad, by, bias[0], target)
+                    nats[who, chain, rows], along = _softmax(grad, by, bias[0], target, weights[chain, rows] * by)
                     if not any(ctx.needs_input_grad[:3]):
                         continue
-                    # Rows are scaled where they are narrow, not where they are as wide as the vocabulary.
-                    each = (weights[chain, rows] * by)[..., None]
-                    dz[who, chain, rows] = torch.bmm(grad, matrix[:, :rank].transpose(1, 2)) * each
-                    dreadout[who, chain] += torch.bmm((own[..., :rank] * each).transpose(1, 2), grad)
+                    dz[who, chain, rows] = torch.bmm(grad, matrix[:, :rank].transpose(1, 2))
+                    dreadout[who, chain] += torch.bmm(own[..., :rank].transpose(1, 2), grad)
                     dscale[who, chain, rows] = along * weights[chain, rows]
         ctx.gradients = tuple(part.flatten(0, 1) for part in (dz, dreadout, dscale))
         nats = nats.flatten(0, 1)
@@ -149,14 +147,23 @@ class _LowRank(torch.autograd.Function):
         return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None, None, None
 
 
-def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(nats, their derivative by scale), both Float[..., row], of the logits y = scale x + bias.
 
-    `logits`, Float[..., row, class] and contiguous, holds x, and softmax(y) - onehot(target) afterwards.
+    `logits`, Float[..., row, class] and contiguous, holds x, and factor (softmax(y) - onehot(target)) afterwards.
     """
     if fused.serves(logits):
         others, away, along = (torch.empty(target.shape) for _ in range(3))
-        given = (logits, scale.contiguous(), bias.contiguous(), target.contiguous(), others, away, along)
+        given = (
+            logits,
+            scale.contiguous(),
+            bias.contiguous(),
+            target.contiguous(),
+            factor.contiguous(),
+            others,
+            away,
+            along,
+        )
         fused.softmax(*(part.detach().view(-1).numpy() for part in given))
     else:
         y = logits * scale[..., None] + bias
@@ -166,9 +173,16 @@ def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor) -> tup
         others = each.sum(-1)
         grad = each.scatter_(-1, at, -others[..., None]).mul_((1 / (others + away.exp()))[..., None])
         along = (logits * grad).sum(-1)
-        logits.copy_(grad)
-    # Where the target has most of the probability this is log1p of something small, exact however small it is.
-    return torch.where(away > FAR, torch.log1p(others / away.exp()), others.log() - away), along
+        torch.mul(grad, factor[..., None], out=logits)
+    return nats_of(others, away), along
+
+
+def nats_of(others: Tensor, away: Tensor) -> Tensor:
+    """The loss, of the sum over all classes but the target of exp(y - top), and y - top of the target.
+
+    Where the target has most of the probability this is log1p of something small, exact however small it is.
+    """
+    return torch.where(away > FAR, torch.log1p(others / away.exp()), others.log() - away)
 
 
 def _rows(n_classes: int) -> int:

@@ -1,7 +1,8 @@
 """The heads of a layer, all at once: what they do not move is computed once and shared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.components import HEAD_PARAMETERS
+from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
+from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
+from mechgrok.replicas.packing import Linear
 from mechgrok.types import Examples
 
 
@@ -28,6 +32,19 @@ class _Inputs:
     resid: Tensor
     z: Tensor
     square: Tensor
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The compiled passes and what is the same in each of their calls."""
+
+    passes: Passes
+    mlp: dict[str, Any]
+    later: Sequence[compiled.Layer]
+    readout: Linear
+    before: Linear
+    read: Linear | None
+    before_read: Linear | None
 
 
 class LayerHeads(Blockwise):
@@ -58,12 +75,25 @@ class LayerHeads(Blockwise):
         self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
         self._readout, self._bias = self._net.readout(self._net.frozen)
         self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
+        self._compiled = self._compile() if compiled.why_not(self._net) is None else None
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory
         self._kept = self._run(self._all()) if fits else None
 
+    def _compile(self) -> "_Compiled":
+        net, layers = self._net, range(self._layer + 1, self._net.cfg.n_layers)
+        mlp = compiled.mlp_of(net, self._layer, net.frozen, moves=False)
+        later = [compiled.layer_of(net, layer, net.frozen, moves=False) for layer in layers]
+        readout = compiled.readout_of(net, net.frozen, moves=False)
+        # What reads the residual stream next, if one map reads all its rows.
+        read = mlp["mlp_in"] if mlp else (later[0].rest if later[0].q is None else None) if later else readout
+        before = None if read is None else Linear(-torch.matmul(self._before, read.weight), back=False)
+        return _Compiled(Passes(net), mlp, later, readout, Linear(-self._before, back=False), read, before)
+
     def _numbers(self) -> int:
+        if self._compiled is not None:  # activations take none
+            return self._net.n_pos * (2 * self._net.cfg.d_model + self._net.cfg.d_head)
         n_later = self._net.cfg.n_layers - 1 - self._layer
         return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
 
@@ -76,6 +106,8 @@ class LayerHeads(Blockwise):
             name: part.unflatten(2, shape)
             for name, part, shape in zip(HEAD_PARAMETERS, parts, self._shapes, strict=True)
         }
+        if self._compiled is not None:
+            return self._compiled_nats(self._compiled, own, given, targets, weights)
         reads = {letter: own[f"W_{letter}"].transpose(0, 1) for letter in "QKV"}
         biases = {
             letter: own[f"b_{letter}"].transpose(0, 1)[:, None] + net.positions(layer, letter, read, frozen)
@@ -92,6 +124,38 @@ class LayerHeads(Blockwise):
         for later in range(layer + 1, net.cfg.n_layers):
             resid = net.layer(later, resid, frozen)
         return cross_entropy(norm(resid), readout, bias, targets, weights)
+
+    def _compiled_nats(
+        self, by: "_Compiled", own: Mapping[str, Tensor], given: _Inputs, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        net, layer = self._net, self._layer
+        each = {name: part.flatten(0, 1)[:, None] for name, part in own.items()}  # [replica, head, ...], one head each
+        reads = {letter: each[f"W_{letter}"] for letter in "QKV"}
+        biases = {
+            letter: each[f"b_{letter}"][:, None] + net.positions(layer, letter, read, net.frozen)
+            for letter, read in reads.items()
+        }
+        read = net.reads(layer, reads, biases)
+        out = self._centred(each["W_O"].squeeze(1))
+        first = compiled.Layer(
+            norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
+            q=None if read.q is None else Linear(*read.q, moves=True, back=False),
+            rest=Linear(*read.rest, moves=True, back=False),
+            out=Linear(out, moves=True),
+            n_heads=1,
+            scale=net.scale(layer),
+            **by.mlp,
+        )
+        own_read = before_read = None
+        if by.read is not None and self._rank_pays(given.z.shape[2]):
+            own_read, before_read = Linear(torch.matmul(out, by.read.weight), moves=True), by.before_read
+        heads = compiled.Heads(given.normalized, given.z.flatten(0, 1), by.before, own_read, before_read)
+        return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights)
+
+    def _rank_pays(self, n_rows: int) -> bool:
+        """Whether reading a head through its rank saves more on these rows than W_O W and its gradient cost."""
+        d_head, d_model = self._net.cfg.d_head, self._net.cfg.d_model
+        return n_rows * (2 * d_model - 4 * d_head - d_model / len(self._heads)) > 8 * d_head * d_model
 
     def _others(self, given: _Inputs) -> Tensor:
         """The residual stream without a head's own former output, Float[head, chain, row, d_model]."""
@@ -120,11 +184,14 @@ class LayerHeads(Blockwise):
             """Float[1, row, d] of all examples -> Float[chain, row, d] of these."""
             return kept.view(self.n_examples, -1, kept.shape[-1])[index].flatten(1, 2)
 
+        def of_heads(kept: Tensor) -> Tensor:
+            return kept.view(len(self._heads), self.n_examples, -1, kept.shape[-1])[:, index].flatten(2, 3)
+
         return _Inputs(
             rows(self._kept.normalized),
             rows(self._kept.resid),
-            torch.stack([rows(z) for z in self._kept.z]),
-            torch.stack([rows(square[..., None])[..., 0] for square in self._kept.square]),
+            of_heads(self._kept.z),
+            of_heads(self._kept.square[..., None])[..., 0] if self._compiled is None else self._kept.square,
         )
 
     @torch.no_grad()

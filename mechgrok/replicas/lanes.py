@@ -1,8 +1,4 @@
-"""Sixteen float32 numbers at once, for loops that numba compiles: LLVM makes the processor's own vectors of them.
-
-numba keeps compiled loops on disk and looks only whether the file changed that a loop stands in. After a change
-here, `make clean` them.
-"""
+"""Sixteen float32 numbers at once, for loops that numba compiles: LLVM makes the processor's own vectors of them."""
 
 import inspect
 from collections.abc import Callable
@@ -114,6 +110,39 @@ def prefetch(builder, array, at):
     _call(builder, "prefetch.p0", ir.VoidType(), _place(builder, array, at), _int32(0), _int32(3), _int32(1))
 
 
+@_operation(types.void)
+def turn(builder, x, at, row, n_rows, n, out, to):
+    """out[to + 16 d + lane] = x[at + row lane + d], d < n <= 16: rows become lanes; after n_rows the last one again."""
+    last = builder.sub(n_rows, n_rows.type(1))
+    rows = []
+    for lane in range(WIDTH):
+        own = n_rows.type(lane)
+        own = builder.select(builder.icmp_signed("<", own, last), own, last)
+        place = _place(builder, x, builder.add(at, builder.mul(own, row)))
+        given = (place, _int32(4), _is_first(builder, n), _all(0))
+        rows.append(_call(builder, "masked.load.v16f32.p0", FLOATS, *given))
+    for step in (1, 2, 4, 8):  # of each two rows, swap what lies off the diagonal of each square of twice the step
+        low = [lane + WIDTH - step if lane & step else lane for lane in range(WIDTH)]
+        high = [lane + WIDTH if lane & step else lane + step for lane in range(WIDTH)]
+        for one in range(WIDTH):
+            if not one & step:
+                pair = rows[one], rows[one + step]
+                rows[one], rows[one + step] = (
+                    builder.shuffle_vector(*pair, ir.Constant(INTS, picked)) for picked in (low, high)
+                )
+    for d, each in enumerate(rows):
+        wanted = builder.icmp_signed("<", n.type(d), n)
+        mask = _spread(builder, wanted, ir.VectorType(ir.IntType(1), WIDTH))
+        place = _place(builder, out, builder.add(to, n.type(WIDTH * d)))
+        _call(builder, "masked.store.v16f32.p0", ir.VoidType(), each, place, _int32(4), mask)
+
+
+@_operation(lanes)
+def where_above(builder, limit, value, x, other):
+    """x in the lanes where limit is above a number, and another number in all others."""
+    return builder.select(builder.fcmp_ordered(">", limit, _spread(builder, value)), x, _spread(builder, other))
+
+
 @_operation(lanes)
 def spread(builder, value):
     """One number in all lanes."""
@@ -156,11 +185,41 @@ def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+@_operation(lanes)
+def gated(builder, x, y):
+    """y where x is positive, else 0."""
+    return builder.select(builder.fcmp_ordered(">", x, _all(0)), y, _all(0))
+
+
 @_operation(types.float32)
 def added(builder, x):
     """The sum of the lanes."""
     start = ir.Constant(ir.FloatType(), 0.0)
     return _call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
+
+
+@_operation(lanes)
+def put(builder, x, at, value):
+    """x with a number in lane `at`, if there is such a lane."""
+    here = ir.Constant(INTS, list(range(WIDTH)))
+    lane = _spread(builder, builder.trunc(at, ir.IntType(32)), INTS)
+    return builder.select(builder.icmp_signed("==", here, lane), _spread(builder, value), x)
+
+
+@_operation(types.float32)
+def lane0(builder, x):
+    """The number in the first lane."""
+    return builder.extract_element(x, _int32(0))
+
+
+@_operation(types.float32)
+def largest(builder, x):
+    """The largest of the lanes; where some are NaN, a number or NaN."""
+    nothing = ir.Constant(FLOATS, ir.Undefined)
+    for step in (8, 4, 2, 1):
+        other = builder.shuffle_vector(x, nothing, ir.Constant(INTS, [lane ^ step for lane in range(WIDTH)]))
+        x = builder.select(builder.fcmp_ordered(">", x, other), x, other)
+    return builder.extract_element(x, _int32(0))
 
 
 @_operation(lanes)

@@ -155,8 +155,7 @@ class Network:
         if self.cfg.positional_embedding_type == "rotary":
             q = None if q is None else self._rotate(q, layer, self.queries(layer))
             rest = torch.cat([self._rotate(rest[:, :, :-1], layer, self.every), rest[:, :, -1:]], dim=2)
-        scale = 1 / float(self._attention(layer).attn_scale)
-        z = attend(q, rest, self._n_keys(layer), scale, self._bias(layer, which, rest), apart)
+        z = attend(q, rest, self.n_keys(layer), self.scale(layer), self._bias(layer, which, rest), apart)
         if apart:
             return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
         return z.flatten(2).unflatten(0, (len(rows), -1)).flatten(1, 2)
@@ -203,7 +202,11 @@ class Network:
         cos, sin = attention.rotary_cos[at].view(over_heads), attention.rotary_sin[at].view(over_heads)
         return torch.cat([turned * cos + attention.rotate_every_two(turned) * sin, rest], dim=-1)
 
-    def _n_keys(self, layer: int) -> Tensor:
+    def scale(self, layer: int) -> float:
+        """What scores are multiplied by."""
+        return 1 / float(self._attention(layer).attn_scale)
+
+    def n_keys(self, layer: int) -> Tensor:
         """How many keys each query sees, from the first on: Int[query]."""
         at = self.queries(layer)
         return at + 1 if self.cfg.attention_dir == "causal" else torch.full_like(at, self.n_pos)
@@ -228,11 +231,16 @@ class Network:
         """The residual stream with what the MLP adds to it, if there is one."""
         if self.cfg.attn_only:
             return resid
+        prefix, (weight, bias) = f"blocks.{layer}.mlp.", self.mlp_read(layer, parameters)
+        normalized = self.norm(f"blocks.{layer}.ln2", parameters)(resid)
+        active = self.model.blocks[layer].mlp.act_fn(linear(normalized, weight, bias[:, None]))
+        return resid + linear(active, parameters[f"{prefix}W_out"], parameters[f"{prefix}b_out"][:, None])
+
+    def mlp_read(self, layer: int, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """(W_in, b_in) as they read the normalized residual stream."""
         prefix = f"blocks.{layer}.mlp."
         norm = self.norm(f"blocks.{layer}.ln2", parameters)
-        weight, bias = norm.fold(parameters[f"{prefix}W_in"], parameters[f"{prefix}b_in"])
-        active = self.model.blocks[layer].mlp.act_fn(linear(norm(resid), weight, bias[:, None]))
-        return resid + linear(active, parameters[f"{prefix}W_out"], parameters[f"{prefix}b_out"][:, None])
+        return norm.fold(parameters[f"{prefix}W_in"], parameters[f"{prefix}b_in"])
 
     def readout(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """(W_U, b_U) as they read the normalized residual stream."""

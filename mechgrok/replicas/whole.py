@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.cross_entropy import cross_entropy
 from mechgrok.sampling.potential import extract, inserter
@@ -26,11 +27,23 @@ class NetworkPotential(Blockwise):
         self._moved = tuple(component.masks)
         self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
         self._first = _first_layer(self._moved, model.cfg.n_layers)
+        self._passes = compiled.Passes(self._net) if compiled.why_not(self._net) is None else None
+        positions = ("pos_embed",) if model.cfg.positional_embedding_type == "shortformer" else ()
+        self._still = [
+            None
+            if self._moves(f"blocks.{layer}.", *positions)
+            else compiled.layer_of(self._net, layer, self._net.frozen, False)
+            for layer in range(model.cfg.n_layers)
+        ]
+        moves = self._moves("unembed", "ln_final")
+        self._still_readout = None if moves else compiled.readout_of(self._net, self._net.frozen, False)
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
         self._kept = self._run(self._all()) if self._first is not None and kept <= self._memory else None
 
     def _numbers(self) -> int:
         cfg = self._net.cfg
+        if self._passes is not None:  # activations take none
+            return 3 * self._net.n_pos * cfg.d_model
         return (cfg.n_layers - (self._first or 0)) * numbers_of_a_layer(self._net, cfg.n_heads) + (
             3 * self._net.n_pos * cfg.d_model
         )
@@ -44,9 +57,17 @@ class NetworkPotential(Blockwise):
             resid = self._run(index)
         else:
             resid = self._kept.view(self.n_examples, -1, net.cfg.d_model)[index].flatten(1, 2)
-        for layer in range(self._first or 0, net.cfg.n_layers):
+        layers = range(self._first or 0, net.cfg.n_layers)
+        if self._passes is not None:
+            each = [self._still[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
+            readout = self._still_readout or compiled.readout_of(net, parameters, True)
+            return self._passes(each, readout, resid, None, len(theta), targets, weights)
+        for layer in layers:
             resid = net.layer(layer, resid, parameters)
         return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
+
+    def _moves(self, *prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in self._moved)
 
     @torch.no_grad()
     def _run(self, index: Tensor) -> Tensor:

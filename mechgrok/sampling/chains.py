@@ -40,12 +40,19 @@ class Draws:
 
 @dataclass(frozen=True)
 class _Point:
-    """Weights with what was evaluated there: losses Float64[chain], energy U Float64[chain], the slope."""
+    """Weights with what was evaluated there: losses Float64[chain], |theta - anchor|^2 Float64[chain], the slope.
+
+    The latter is for those alone who accept or reject by it, and nothing otherwise.
+    """
 
     theta: Tensor
     losses: Tensor
-    energy: Tensor
+    square: Tensor
     slope: Slope
+
+    def energy(self, config: LLCConfig) -> Tensor:
+        """U, Float64[chain]."""
+        return config.nbeta * self.losses + 0.5 * config.localization * self.square
 
 
 def sample(
@@ -103,7 +110,7 @@ def sample(
             index = torch.stack([torch.randint(n_examples, size, generator=rng, device=device) for rng in batches])
         new = _evaluate(potential, state.theta, anchor, index, config)
         if sampler.metropolis and point is not None:
-            accept = _accept(point, new, coins, config.step_size)
+            accept = _accept(point, new, coins, config)
             accepted += accept
             new = _choose(accept, new, point)
             state = State(new.theta)
@@ -130,15 +137,15 @@ def _evaluate(potential: Potential, theta: Tensor, anchor: Tensor, index: Tensor
     example_losses, grad = potential.losses_and_grad(theta, index)
     losses = example_losses.double().mean(1)
     away = theta - anchor
-    energy = config.nbeta * losses + 0.5 * config.localization * away.double().square().sum(1)
-    return _Point(theta, losses, energy, Slope(grad, config.nbeta * grad + config.localization * away))
+    square = away.double().square().sum(1) if SAMPLERS[config.sampler].metropolis else torch.zeros_like(losses)
+    force = away.mul_(config.localization).add_(grad, alpha=config.nbeta)
+    return _Point(theta, losses, square, Slope(grad, force))
 
 
-def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], step_size: float) -> Tensor:
+def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], config: LLCConfig) -> Tensor:
     """Which proposals are taken, Bool[chain]. One that is not finite never is."""
-    log_ratio = mala_log_acceptance(
-        old.theta, new.theta, old.energy, new.energy, old.slope.force, new.slope.force, step_size
-    )
+    energies, forces = (old.energy(config), new.energy(config)), (old.slope.force, new.slope.force)
+    log_ratio = mala_log_acceptance(old.theta, new.theta, *energies, *forces, config.step_size)
     coin = torch.cat([torch.rand(1, generator=rng, dtype=torch.float64, device=rng.device) for rng in coins])
     return coin.log() < log_ratio
 
@@ -148,6 +155,6 @@ def _choose(take: Tensor, new: _Point, old: _Point) -> _Point:
     return _Point(
         torch.where(rows, new.theta, old.theta),
         torch.where(take, new.losses, old.losses),
-        torch.where(take, new.energy, old.energy),
+        torch.where(take, new.square, old.square),
         Slope(torch.where(rows, new.slope.grad, old.slope.grad), torch.where(rows, new.slope.force, old.slope.force)),
     )

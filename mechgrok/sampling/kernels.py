@@ -27,7 +27,7 @@ def sgld(theta: Tensor, force: Tensor, noise: Tensor, *, step_size: float) -> Te
 
     Source: Welling & Teh 2011, eq. 4; localized: Lau et al. 2023 (arXiv:2308.12108), eq. 17.
     """
-    return theta - 0.5 * step_size * force + step_size**0.5 * noise
+    return theta.add(force, alpha=-0.5 * step_size).add_(noise, alpha=step_size**0.5)
 
 
 def rmsprop_sgld(
@@ -117,10 +117,10 @@ def baoab(
     Source: Leimkuhler & Matthews 2013 (Appl. Math. Res. Express), 2013 (J. Chem. Phys. 138, 174102).
     """
     h = step_size**0.5
-    velocity = velocity - h * force
-    theta = theta + 0.5 * h * velocity
-    velocity = momentum * velocity + (1 - momentum**2) ** 0.5 * noise
-    return theta + 0.5 * h * velocity, velocity
+    velocity = velocity.add(force, alpha=-h)
+    theta = theta.add(velocity, alpha=0.5 * h)
+    velocity.mul_(momentum).add_(noise, alpha=(1 - momentum**2) ** 0.5)
+    return theta.add_(velocity, alpha=0.5 * h), velocity
 
 
 def mala_log_acceptance(

@@ -1,0 +1,299 @@
+"""`passes` as a function that torch differentiates: weights are packed, records filled, gradients given back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechgrok.replicas import fused, passes
+from mechgrok.replicas.cross_entropy import nats_of
+from mechgrok.replicas.lanes import WIDTH
+from mechgrok.replicas.network import Network, Norm, Parameters
+from mechgrok.replicas.packing import Linear, Packed, fill
+
+ROWS = 64  # of the residual stream at once, or those of one example if it has more
+LARGEST = 2**22  # numbers that a block may have of one kind: more would not stay in a processor's last cache
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer computes with, heads side by side as in `network.Reads`. out: W_O and b_O. scale: of the scores."""
+
+    norm: Norm
+    q: Linear | None
+    rest: Linear
+    out: Linear
+    n_heads: int
+    scale: float
+    mlp_norm: Norm | None = None
+    mlp_in: Linear | None = None
+    mlp_out: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where heads of the first layer stand in for the model's own.
+
+    normalized: what they read, Float[chain, row, d_model]. z: of the model's own, Float[replica, row, d_head].
+    before: -W_O of those, Float[head, d_head, d_model].
+
+    What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
+    or the readout. own_read: W_O W of each replica, W being how that reads; before_read: -W_O W of those before.
+    """
+
+    normalized: Tensor
+    z: Tensor
+    before: Linear
+    own_read: Linear | None = None
+    before_read: Linear | None = None
+
+
+def layer_of(net: Network, layer: int, parameters: Parameters, moves: bool) -> Layer:
+    """A layer of the model at these parameters."""
+    reads, prefix, cfg = net.qkv(layer, parameters), f"blocks.{layer}", net.cfg
+    bias = parameters[f"{prefix}.attn.b_O"][:, None]
+    return Layer(
+        norm=net.norm(f"{prefix}.ln1", parameters),
+        q=None if reads.q is None else Linear(*reads.q, moves),
+        rest=Linear(*reads.rest, moves),
+        out=Linear(parameters[f"{prefix}.attn.W_O"].flatten(1, 2), bias, moves),
+        n_heads=cfg.n_heads,
+        scale=net.scale(layer),
+        **mlp_of(net, layer, parameters, moves),
+    )
+
+
+def readout_of(net: Network, parameters: Parameters, moves: bool) -> Linear:
+    """W_U and b_U."""
+    weight, bias = net.readout(parameters)
+    return Linear(weight, bias[:, None], moves)
+
+
+def mlp_of(net: Network, layer: int, parameters: Parameters, moves: bool) -> dict[str, Any]:
+    """The MLP of a layer, as `Layer` takes it."""
+    if net.cfg.attn_only:
+        return {}
+    prefix = f"blocks.{layer}.mlp"
+    weight, bias = net.mlp_read(layer, parameters)
+    return {
+        "mlp_norm": net.norm(f"blocks.{layer}.ln2", parameters),
+        "mlp_in": Linear(weight, bias[:, None], moves),
+        "mlp_out": Linear(parameters[f"{prefix}.W_out"], parameters[f"{prefix}.b_out"][:, None], moves),
+    }
+
+
+def why_not(net: Network) -> str | None:
+    """What keeps this network, or its numbers, from the compiled passes; None if nothing does."""
+    cfg = net.cfg
+    largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
+    if not fused.serves(net.frozen["embed.W_E"]):
+        return "not float32 on the CPU"
+    if cfg.positional_embedding_type not in ("standard", "shortformer"):
+        return f"positional_embedding_type = {cfg.positional_embedding_type!r}"
+    if not cfg.attn_only and cfg.act_fn != "relu":
+        return f"act_fn = {cfg.act_fn!r}"
+    return (
+        None if largest <= LARGEST else f"{largest} logits, attention weights or neurons at once, of {LARGEST} at most"
+    )
+
+
+LINEARS = ("q", "rest", "out", "mlp_in", "mlp_out")
+
+
+class Passes:
+    """Runs the passes of one network; keeps what it has packed of it, and the room for what lies between."""
+
+    def __init__(self, net: Network):
+        self.net = net
+        self._still = Packed([])
+        self._room = torch.zeros(0)
+
+    def __call__(
+        self,
+        layers: Sequence[Layer],
+        readout: Linear,
+        resid: Tensor,
+        heads: Heads | None,
+        n_replicas: int,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(nats, total) as `cross_entropy` returns them, of every replica at the end of these layers.
+
+        Args:
+            resid: Float[chain or replica, row, d_model] before the first layer; with `heads` after its attention, at
+                the positions that are read afterwards.
+            targets, weights: [chain, row], at the scored positions.
+        """
+        job = _Job(self, tuple(layers), readout, resid, heads, n_replicas, targets, weights)
+        moving = [part for linear in job.linears() if linear.moves for part in (linear.weight, linear.bias)]
+        return _Run.apply(job, resid, *moving)
+
+    def still(self, linears: list[Linear]) -> Packed:
+        """What does not move, packed at the first call."""
+        if not self._still.holds(linears):
+            self._still = Packed(linears)
+        return self._still
+
+    def room(self, size: int) -> Tensor:
+        """At least so many numbers, all of them finite or once computed from what was not."""
+        if len(self._room) < size:
+            self._room = torch.zeros(size)
+        return self._room
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `Passes`."""
+
+    by: Passes
+    layers: tuple[Layer, ...]
+    readout: Linear
+    resid: Tensor
+    heads: Heads | None
+    n_replicas: int
+    targets: Tensor
+    weights: Tensor
+
+    def linears(self) -> list[Linear]:
+        """Each that is there, once."""
+        found = [getattr(layer, name) for layer in self.layers for name in LINEARS] + [self.readout]
+        if self.heads is not None:
+            found += [self.heads.before, self.heads.own_read, self.heads.before_read]
+        return [linear for linear in found if linear is not None]
+
+
+class _Run(torch.autograd.Function):
+    """The gradients are made with the losses, while what they need is in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, resid: Tensor, *moving: Tensor | None) -> tuple[Tensor, Tensor]:
+        n_chains = len(job.weights)
+        nats, ctx.gradients = _run(job, moving, ctx.needs_input_grad[1:])
+        ctx.mark_non_differentiable(nats)
+        return nats, (nats.unflatten(0, (-1, n_chains)) * job.weights).sum(2).flatten()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        by = dtotal[:, None, None]
+        return None, *(None if gradient is None else gradient * by for gradient in ctx.gradients)
+
+
+def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """(nats, the gradients by resid and by each moving part, None where it is not wanted)."""
+    net, heads, n_replicas = job.by.net, job.heads, job.n_replicas
+    linears = job.linears()
+    moves = [linear for linear in linears if linear.moves]
+    still, own = job.by.still([linear for linear in linears if not linear.moves]), Packed(moves, n_replicas)
+    # Gradients lie one after another, in the order of what moves.
+    shapes = [
+        torch.Size((n_replicas, *part.shape[1:])) if want and part is not None else torch.Size((0,))
+        for part, want in zip(moving, wanted[1:], strict=True)
+    ]
+    sizes = [shape.numel() for shape in shapes]
+    begins = iter(at if size else -1 for at, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
+    for linear in moves:
+        own.places[id(linear)].update(dweight=next(begins), dbias=next(begins))
+    gradients = torch.zeros(sum(sizes))
+    dresid = torch.empty((n_replicas, *job.resid.shape[1:]) if wanted[0] else 0)
+    places = still.places | own.places
+    room = _Room(_at_once(net.n_pos), net)
+    layers = np.array([_layer(layer, places, room) for layer in job.layers], passes.LAYER)
+    record = _pass(job, places, room)
+    record["backward"], record["back_to_start"] = any(wanted), wanted[0]
+    space = job.by.room(room.size)
+    found = n_replicas, job.targets.shape[1]
+    others, away, along = (torch.empty(shape) for shape in (found, found, (room.rows,)))
+    x, z = (torch.empty(0),) * 2 if heads is None else (heads.normalized, heads.z)
+    keys = (net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1))
+    tensors = (
+        net.scored, *keys, still.flat, own.flat, x, job.resid, z, job.targets, job.weights,
+        space, others, away, along, gradients,
+    )  # fmt: skip
+    arrays = [part.detach().contiguous().view(-1).numpy() for part in tensors]
+    passes.run(record[()], layers, *arrays, dresid.view(-1).numpy())
+    parts = gradients.split(sizes) if sizes else ()
+    each = [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)]
+    return nats_of(others, away), [dresid if wanted[0] else None, *each]
+
+
+def _at_once(n_pos: int) -> int:
+    """How many examples make up `ROWS`; a multiple of 8 if many, as products take eight rows at a time."""
+    n = max(1, round(ROWS / n_pos))
+    return n if n < 8 else n // 8 * 8
+
+
+class _Room:
+    """Places for arrays behind one another, each with sixteen numbers to spare; how many rows a block has."""
+
+    def __init__(self, at_once: int, net: Network):
+        self.at_once, self.net, self.size = at_once, net, 0
+        self.rows = at_once * net.n_pos
+
+    def put(self, n: int) -> int:
+        at = self.size
+        self.size += (n // WIDTH + 2) * WIDTH
+        return at
+
+    def fill(self, record: Any, **sizes: int) -> None:
+        for name, n in sizes.items():
+            record[name] = self.put(n)
+
+
+def _layer(layer: Layer, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
+    """A record of `passes.LAYER`, with places for its activations."""
+    cfg, rows = room.net.cfg, room.rows
+    record = np.zeros((), passes.LAYER)
+    _norm(record["norm"], layer.norm)
+    _norm(record["mlp_norm"], layer.mlp_norm)
+    for name in LINEARS:
+        fill(record[name], getattr(layer, name), places)
+    record["n_heads"], record["d_head"], record["scale"] = layer.n_heads, cfg.d_head, layer.scale
+    record["some"] = layer.q is not None
+    width, blocks = layer.n_heads * cfg.d_head, -(-room.net.n_pos // WIDTH)
+    room.fill(
+        record, hat=rows * cfg.d_model, inverse=rows, q_at=rows * width, rest_at=3 * rows * width,
+        pattern=room.at_once * layer.n_heads * blocks * WIDTH * room.net.n_pos, z=rows * width,
+        mid=rows * cfg.d_model, mid_inverse=rows, active=rows * int(record["mlp_in"]["n_out"]),
+    )  # fmt: skip
+    return record
+
+
+def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
+    """The record of `passes.PASS`."""
+    net, rows, heads = job.by.net, room.rows, job.heads
+    cfg, n_pos = net.cfg, net.n_pos
+    record = np.zeros((), passes.PASS)
+    _norm(record["final_norm"], net.norm("ln_final", net.frozen))
+    fill(record["readout"], job.readout, places)
+    if heads is not None:
+        fill(record["before"], heads.before, places)
+        fill(record["own_read"], heads.own_read, places)
+        fill(record["before_read"], heads.before_read, places)
+        if heads.own_read is not None:
+            last = passes.READOUT if len(job.layers) == 1 else passes.NEXT
+            record["low"] = last if job.layers[0].mlp_in is None else passes.MLP
+    n_classes, width = job.readout.weight.shape[2], cfg.n_heads * cfg.d_head
+    given = {
+        "n_replicas": job.n_replicas, "n_chains": len(job.targets), "n_pos": n_pos, "n_scored": len(net.scored),
+        "n_examples": job.targets.shape[1] // len(net.scored), "at_once": room.at_once,
+        "d_model": cfg.d_model, "n_classes": n_classes, "given": heads is not None,
+    }  # fmt: skip
+    for name, value in given.items():
+        record[name] = value
+    widest = max(n_classes, 3 * width, cfg.d_mlp or 0)
+    room.fill(
+        record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
+        base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
+        turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos, dkeys=n_pos * cfg.d_head, dvalues=n_pos * cfg.d_head,
+        scale=rows, factor=rows,
+    )  # fmt: skip
+    return record
+
+
+def _norm(record: Any, norm: Norm | None) -> None:
+    if norm is not None:
+        record["centred"], record["scaled"], record["eps"] = norm.centred, norm.scaled, norm.eps

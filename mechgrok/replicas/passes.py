@@ -1,0 +1,368 @@
+"""Forward and backward through a network's layers, a few examples at a time, as loops that numba compiles.
+
+A replica's activations on these examples stay in the processor's own cache from the first product to the last
+gradient; torch would carry those of all replicas and examples to memory and back for every operation.
+All arrays are flat; `LAYER` and `PASS` are records that say where in them the numbers are.
+"""
+
+import numpy as np
+from numba import njit
+
+from mechgrok.replicas.fused import attention, attention_backward, kept, softmax
+from mechgrok.replicas.lanes import WIDTH, added, gated, larger, load, minus, number, plus, spread, store, times
+from mechgrok.replicas.products import (
+    MATRIX,
+    NORM,
+    ONE,
+    OPTIONS,
+    ZERO,
+    bias_of,
+    copy,
+    inverse_rms,
+    linear,
+    linear_back,
+    linear_gradient,
+    normalize,
+    normalize_back,
+    weigh,
+)
+
+# What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
+MLP, NEXT, READOUT = 1, 2, 3
+
+# Of one layer: what reads, `q` where only some positions are queries and the rest of q, k, v; W_O; the MLP, n_in 0
+# where there is none; and from `hat` on where in the room its activations are kept for the backward pass.
+LAYER = np.dtype(
+    [
+        ("norm", NORM), ("q", MATRIX), ("rest", MATRIX), ("out", MATRIX),
+        ("mlp_norm", NORM), ("mlp_in", MATRIX), ("mlp_out", MATRIX),
+        ("n_heads", np.int64), ("d_head", np.int64), ("scale", np.float32), ("some", np.bool_),
+        *(
+            (name, np.int64)
+            for name in ("hat", "inverse", "q_at", "rest_at", "pattern", "z", "mid", "mid_inverse", "active")
+        ),
+    ],
+    align=True,
+)  # fmt: skip
+# Of the pass: sizes, the readout, where in the room is what needs no keeping; and given, that the first layer is heads
+# that stand in for the model's own; low, who reads them through their rank (0: nobody); which gradients are wanted.
+PASS = np.dtype(
+    [
+        ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("own_read", MATRIX), ("before_read", MATRIX),
+        *(
+            (name, np.int64)
+            for name in (
+                "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
+                "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores", "dkeys",
+                "dvalues", "base", "scale", "factor", "low",
+            )
+        ),
+        ("given", np.bool_), ("backward", np.bool_), ("back_to_start", np.bool_),
+    ],
+    align=True,
+)  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _rows_at(x, at, n_examples, n_pos, positions, n, out, to):
+    """The rows of these positions of each example, one after another; out may be x itself from the same place on."""
+    for example in range(n_examples):
+        for i in range(len(positions)):
+            row = example * len(positions) + i
+            copy(x, at + (example * n_pos + positions[i]) * n, n, out, to + row * n)
+
+
+@njit(**OPTIONS)
+def _rows_back(x, at, n_examples, n_pos, positions, n):
+    """Put the rows of x back to their positions in place, and 0 to all others."""
+    nothing = spread(ZERO)
+    for example in range(n_examples - 1, -1, -1):
+        i = len(positions) - 1
+        for pos in range(n_pos - 1, -1, -1):
+            to = at + (example * n_pos + pos) * n
+            if i >= 0 and positions[i] == pos:
+                copy(x, at + (example * len(positions) + i) * n, n, x, to)
+                i -= 1
+            else:
+                for c in range(0, n, WIDTH):
+                    store(x, to + c, min(WIDTH, n - c), nothing)
+
+
+@njit(**OPTIONS)
+def _attend(p, layer, n_examples, n_keys, room):
+    """z of all heads from q, k, v in the room."""
+    width, n_queries = layer.n_heads * layer.d_head, len(n_keys)
+    rest = room[layer.rest_at : layer.rest_at + n_examples * p.n_pos * layer.rest.n_out]
+    q, q_example, q_row = rest, p.n_pos * layer.rest.n_out, layer.rest.n_out
+    if layer.some:
+        q, q_example, q_row = room[layer.q_at : layer.q_at + n_examples * n_queries * width], n_queries * width, width
+    strides = (n_queries * width, layer.d_head, width)
+    attention(
+        q, q_example, q_row, rest, layer.rest.n_out, p.n_pos, n_keys, layer.scale, layer.n_heads, layer.d_head,
+        room[p.turned :], room[layer.pattern :], True, room[:0], room[layer.z :], strides,
+    )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _attend_back(p, layer, n_examples, n_keys, room):
+    """dq, dk, dv in the wide room from dz in the narrow one; dq of its own after them."""
+    width, n_queries = layer.n_heads * layer.d_head, len(n_keys)
+    n_rest = n_examples * p.n_pos * layer.rest.n_out
+    rest, drest = room[layer.rest_at : layer.rest_at + n_rest], room[p.wide : p.wide + n_rest]
+    q, dq, q_example, q_row = rest, drest, p.n_pos * layer.rest.n_out, layer.rest.n_out
+    if layer.some:
+        q, dq = room[layer.q_at : layer.q_at + n_examples * n_queries * width], room[p.wide + n_rest :]
+        q_example, q_row = n_queries * width, width
+    strides = (n_queries * width, layer.d_head, width)
+    attention_backward(
+        q, q_example, q_row, rest, layer.rest.n_out, p.n_pos, n_keys, layer.scale, layer.n_heads, layer.d_head,
+        room[p.turned :], room[layer.pattern :], True, room[:0], room[p.narrow :], strides,
+        room[p.dscores :], room[p.dkeys :], room[p.dvalues :], dq, drest,
+    )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _read(p, layer, replica, n_examples, scored, shared, own, room):
+    """q, k and v from the normalized rows."""
+    linear(layer.rest, replica, shared, own, room, layer.hat, n_examples * p.n_pos, room, layer.rest_at, False)
+    if layer.some:
+        _rows_at(room, layer.hat, n_examples, p.n_pos, scored, p.d_model, room, p.narrow)
+        linear(layer.q, replica, shared, own, room, p.narrow, n_examples * len(scored), room, layer.q_at, False)
+
+
+@njit(**OPTIONS)
+def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
+    """Of what reads, from dq, dk, dv in the wide room."""
+    n_rows = n_examples * p.n_pos
+    linear_gradient(layer.rest, replica, room, layer.hat, room, p.wide, n_rows, gradients)
+    if layer.some:
+        _rows_at(room, layer.hat, n_examples, p.n_pos, scored, p.d_model, room, p.narrow)
+        dq = p.wide + n_rows * layer.rest.n_out
+        linear_gradient(layer.q, replica, room, p.narrow, room, dq, n_examples * len(scored), gradients)
+
+
+@njit(**OPTIONS)
+def _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to):
+    """base + z p.before_read + own_z p.own_read, base being the same for all heads of a chain: what reads the residual
+    stream sees, but for the norm's scale, of a head that moved it, through that head's rank.
+    """
+    copy(room, p.base, n_rows * p.own_read.n_out, room, to)
+    linear(p.before_read, replica // p.n_chains, shared, own, z, mine, n_rows, room, to, True)
+    linear(p.own_read, replica, shared, own, room, own_z, n_rows, room, to, True)
+
+
+@njit(**OPTIONS)
+def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared, own, room, to):
+    """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows."""
+    copy(room, p.resid, n_rows * p.d_model, room, hat)
+    _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to)
+    biases, start = bias_of(m, replica, shared, own)
+    for row in range(n_rows):
+        room[inverse + row] = inverse_rms(norm, room, p.resid + row * p.d_model, p.d_model)
+        by, here, bias = spread(room[inverse + row]), to + row * m.n_out, start + row % m.n_bias * m.n_out
+        for c in range(0, m.n_out, WIDTH):
+            left = min(WIDTH, m.n_out - c)
+            y = times(load(room, here + c, left, ZERO), by)
+            store(room, here + c, left, plus(y, load(biases, bias + c, left, ZERO)))
+
+
+@njit(**OPTIONS)
+def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread, shared, own, room, gradients):
+    """From the gradient by what m read: dz by the head's rank, and what the scale adds to the residual stream's."""
+    biases, start = bias_of(m, replica, shared, own)
+    for row in range(n_rows):
+        scale = room[inverse + row]
+        by, here, bias, along = spread(scale), row * m.n_out, start + row % m.n_bias * m.n_out, spread(ZERO)
+        for c in range(0, m.n_out, WIDTH):
+            left = min(WIDTH, m.n_out - c)
+            d = load(room, dread + here + c, left, ZERO)
+            scaled = minus(load(room, read + here + c, left, ZERO), load(biases, bias + c, left, ZERO))
+            along = plus(along, times(d, scaled))
+            store(room, dread + here + c, left, times(d, by))
+        if norm.scaled:
+            _scale_back(p, added(along) / scale, scale, row, True, room, hat)
+    linear_gradient(p.own_read, replica, room, own_z, room, dread, n_rows, gradients)
+    linear_back(p.own_read, replica, shared, own, room, dread, n_rows, room, p.dz, False)
+
+
+@njit(**OPTIONS)
+def _scale_back(p, dscale, scale, row, add, room, of):
+    """The gradient by a row of the residual stream (+)= that by its scale (|row|^2 / d_model + eps)^(-1/2)."""
+    by = spread(-dscale * scale * scale * scale / number(p.d_model))
+    for c in range(row * p.d_model, (row + 1) * p.d_model, WIDTH):
+        left = min(WIDTH, (row + 1) * p.d_model - c)
+        y = times(load(room, of + c, left, ZERO), by)
+        store(room, p.resid + c, left, plus(load(room, p.resid + c, left, ZERO), y) if add else y)
+
+
+@njit(**OPTIONS)
+def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared, own, room):
+    """The residual stream in the room, before layer i -> after it."""
+    layer, own_z = layers[i], layers[0].z
+    n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
+    if p.low == NEXT and i == 1:
+        _low_read(
+            p, layer.norm, layer.rest, replica, n_all, z, mine, own_z, layer.hat, layer.inverse, shared, own, room,
+            layer.rest_at,
+        )  # fmt: skip
+    else:
+        if i > 0 or not p.given:
+            normalize(layer.norm, room, p.resid, n_all, p.d_model, room, layer.hat, layer.inverse)
+        _read(p, layer, replica, n_examples, scored, shared, own, room)
+    _attend(p, layer, n_examples, n_keys, room)
+    if layer.some and (i > 0 or not p.given):
+        _rows_at(room, p.resid, n_examples, p.n_pos, scored, p.d_model, room, p.resid)
+    linear(layer.out, replica, shared, own, room, layer.z, n_rows, room, p.resid, True)
+    if layer.mlp_in.n_in == 0:
+        return
+    if p.low == MLP and i == 0:
+        _low_read(
+            p, layer.mlp_norm, layer.mlp_in, replica, n_rows, z, mine, own_z, layer.mid, layer.mid_inverse, shared, own,
+            room, layer.active,
+        )  # fmt: skip
+    else:
+        normalize(layer.mlp_norm, room, p.resid, n_rows, p.d_model, room, layer.mid, layer.mid_inverse)
+        linear(layer.mlp_in, replica, shared, own, room, layer.mid, n_rows, room, layer.active, False)
+    nothing = spread(ZERO)
+    for c in range(0, n_rows * layer.mlp_in.n_out, WIDTH):  # ReLU; the room ends later than the last row
+        store(room, layer.active + c, WIDTH, larger(nothing, load(room, layer.active + c, WIDTH, ZERO)))
+    linear(layer.mlp_out, replica, shared, own, room, layer.active, n_rows, room, p.resid, True)
+
+
+@njit(**OPTIONS)
+def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, room, gradients):
+    """The gradient by the residual stream in the room, after layer i -> before it, if anything asks; and by weights."""
+    layer, own_z = layers[i], layers[0].z
+    n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
+    if layer.mlp_in.n_in > 0:
+        linear_gradient(layer.mlp_out, replica, room, layer.active, room, p.resid, n_rows, gradients)
+        linear_back(layer.mlp_out, replica, shared, own, room, p.resid, n_rows, room, p.wide, False)
+        for c in range(0, n_rows * layer.mlp_in.n_out, WIDTH):
+            grown = load(room, layer.active + c, WIDTH, ZERO)
+            store(room, p.wide + c, WIDTH, gated(grown, load(room, p.wide + c, WIDTH, ZERO)))
+        if p.low == MLP and i == 0:  # where a neuron is off, what it read does not matter
+            _low_read_back(
+                p, layer.mlp_norm, layer.mlp_in, replica, n_rows, own_z, layer.mid, layer.mid_inverse, layer.active,
+                p.wide, shared, own, room, gradients,
+            )  # fmt: skip
+        else:
+            linear_gradient(layer.mlp_in, replica, room, layer.mid, room, p.wide, n_rows, gradients)
+            linear_back(layer.mlp_in, replica, shared, own, room, p.wide, n_rows, room, p.narrow, False)
+            normalize_back(
+                layer.mlp_norm, room, p.narrow, n_rows, p.d_model, room, layer.mid, layer.mid_inverse, room, p.resid
+            )
+    linear_gradient(layer.out, replica, room, layer.z, room, p.resid, n_rows, gradients)
+    low = p.low > 0 and i == 0
+    if low:
+        copy(room, p.dz, n_rows * layer.out.n_in, room, p.narrow)
+    linear_back(layer.out, replica, shared, own, room, p.resid, n_rows, room, p.narrow, low)
+    _attend_back(p, layer, n_examples, n_keys, room)
+    if p.low == NEXT and i == 1:
+        _low_read_back(
+            p, layer.norm, layer.rest, replica, n_all, own_z, layer.hat, layer.inverse, layer.rest_at, p.wide, shared,
+            own, room, gradients,
+        )  # fmt: skip
+        return
+    _read_gradient(p, layer, replica, n_examples, scored, room, gradients)
+    if i == 0 and not p.back_to_start:
+        return
+    if layer.some:  # their rows are spread out, and what the keys and values add to all rows follows
+        dq = p.wide + n_all * layer.rest.n_out
+        linear_back(layer.q, replica, shared, own, room, dq, n_rows, room, p.narrow, False)
+        _rows_back(room, p.narrow, n_examples, p.n_pos, scored, p.d_model)
+        _rows_back(room, p.resid, n_examples, p.n_pos, scored, p.d_model)
+    linear_back(layer.rest, replica, shared, own, room, p.wide, n_all, room, p.narrow, layer.some)
+    normalize_back(layer.norm, room, p.narrow, n_all, p.d_model, room, layer.hat, layer.inverse, room, p.resid)
+
+
+@njit(**OPTIONS)
+def _loss(
+    p, layers, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room, others, away, along, gradients
+):  # fmt: skip
+    """From the residual stream in the room after all layers: the losses, and the gradient by it in its place."""
+    d, low = p.d_model, p.low == READOUT
+    if low:
+        _low_sum(p, replica, n_rows, z, mine, layers[0].z, shared, own, room, p.logits)
+    else:
+        normalize(p.final_norm, room, p.resid, n_rows, d, room, p.hat, p.inverse)
+        weigh(p.readout, replica, shared, own, room, p.hat, n_rows, room, p.logits, False)
+    for row in range(n_rows):
+        room[p.scale + row] = inverse_rms(p.final_norm, room, p.resid + row * d, d) if low else ONE
+        room[p.factor + row] = weights[at + row] * room[p.scale + row]
+    biases, bias = bias_of(p.readout, replica, shared, own)
+    softmax(
+        room[p.logits : p.logits + n_rows * p.n_classes], room[p.scale : p.scale + n_rows],
+        biases[bias : bias + p.n_classes], targets[at : at + n_rows], room[p.factor : p.factor + n_rows],
+        others[to : to + n_rows], away[to : to + n_rows], along,
+    )  # fmt: skip
+    if not p.backward:
+        return
+    if low:
+        for row in range(n_rows):
+            dscale = along[row] * weights[at + row] if p.final_norm.scaled else ZERO
+            _scale_back(p, dscale, room[p.scale + row], row, False, room, p.resid)
+        linear_gradient(p.own_read, replica, room, layers[0].z, room, p.logits, n_rows, gradients)
+        linear_back(p.own_read, replica, shared, own, room, p.logits, n_rows, room, p.dz, False)
+        return
+    linear_gradient(p.readout, replica, room, p.hat, room, p.logits, n_rows, gradients)
+    linear_back(p.readout, replica, shared, own, room, p.logits, n_rows, room, p.narrow, False)
+    for c in range(n_rows * d):
+        room[p.resid + c] = ZERO
+    normalize_back(p.final_norm, room, p.narrow, n_rows, d, room, p.hat, p.inverse, room, p.resid)
+
+
+@kept
+def run(
+    p, layers, scored, keys, some_keys, shared, own, x, resid, z, targets, weights,
+    room, others, away, along, gradients, dresid,
+):  # fmt: skip
+    """The loss of every replica on its chain's examples, through all layers, and its gradients.
+
+    Args:
+        p, layers: records of PASS and LAYER. scored: the positions that the last layer goes on with.
+        keys, some_keys: how many keys each position, and each scored one, sees.
+        shared, own: packed weights. x: where p.given, what the first layer reads, Float[chain, row, d_model].
+        resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
+            after its attention, to which z, Float[replica, row, d_head], times p.before is added.
+        targets, weights: [chain, row]. room: for everything between.
+        others, away: [replica, row], as `fused.softmax` tells them; along: room for as many rows as a block has.
+        gradients: zeros, where those of weights are added. dresid: [replica, row, d_model], where p.back_to_start.
+    """
+    d, n_layers = p.d_model, len(layers)
+    first_rows = p.n_scored if n_layers == 0 or (p.given and layers[0].some) else p.n_pos
+    n_resid, n_scored = p.n_examples * first_rows * d, p.n_examples * p.n_scored
+    each = len(resid) > p.n_chains * n_resid
+    for chain in range(p.n_chains):
+        for first in range(0, p.n_examples, p.at_once):
+            n = min(p.at_once, p.n_examples - first)
+            n_first, n_rows, start = n * first_rows, n * p.n_scored, chain * n_resid + first * first_rows * d
+            if p.low == MLP:
+                weigh(layers[0].mlp_in, 0, shared, own, resid, start, n_first, room, p.base, False)
+            elif p.low == NEXT:
+                weigh(layers[1].rest, 0, shared, own, resid, start, n_first, room, p.base, False)
+            elif p.low == READOUT:
+                weigh(p.readout, 0, shared, own, resid, start, n_first, room, p.base, False)
+            if p.given:
+                copy(x, (chain * p.n_examples + first) * p.n_pos * d, n * p.n_pos * d, room, layers[0].hat)
+            for replica in range(chain, p.n_replicas, p.n_chains):
+                copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
+                mine = 0
+                if p.given:
+                    mine = (replica * p.n_examples + first) * first_rows * layers[0].d_head
+                    linear(p.before, replica // p.n_chains, shared, own, z, mine, n_first, room, p.resid, True)
+                for i in range(n_layers):
+                    seen = some_keys if layers[i].some else keys
+                    _forward(p, layers, i, replica, n, scored, seen, z, mine, shared, own, room)
+                at, to = chain * n_scored + first * p.n_scored, replica * n_scored + first * p.n_scored
+                _loss(
+                    p, layers, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room,
+                    others, away, along, gradients,
+                )  # fmt: skip
+                if not p.backward:
+                    continue
+                for i in range(n_layers - 1, -1, -1):
+                    seen = some_keys if layers[i].some else keys
+                    _backward(p, layers, i, replica, n, scored, seen, shared, own, room, gradients)
+                if p.back_to_start:
+                    back = (replica * p.n_examples + first) * first_rows * d
+                    copy(room, p.resid, n_first * d, dresid, back)
