@@ -18,6 +18,7 @@ from mechgrok.errors import CheckpointError, ConfigError
 from mechgrok.types import Examples, Split
 
 BLOCK = 2**23  # logits at once: 64 MB in float64
+EVALUATED = 2**20  # numbers of one activation: larger ones leave the cache, and their memory is given back each time
 FwdHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
@@ -136,10 +137,17 @@ def evaluate(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[F
 
 
 def blocks(model: HookedTransformer, examples: Examples) -> Iterator[tuple[Tensor, ...]]:
-    """`examples.tensors` on the model's device, in blocks of at most BLOCK logits, so that any number fits."""
-    at_once = max(1, BLOCK // (examples.tensors[1].shape[1] * model.cfg.d_vocab_out))
-    for block in zip(*(tensor.split(at_once) for tensor in examples.tensors), strict=True):
+    """`examples.tensors` on the model's device, `at_once` at a time."""
+    n = at_once(model, examples)
+    for block in zip(*(tensor.split(n) for tensor in examples.tensors), strict=True):
         yield tuple(tensor.to(model.W_E.device) for tensor in block)
+
+
+def at_once(model: HookedTransformer, examples: Examples) -> int:
+    """How many examples make EVALUATED logits, scores or neurons."""
+    cfg, n_pos = model.cfg, examples.tokens.shape[1]
+    each = max(examples.tensors[1].shape[1] * cfg.d_vocab_out, cfg.n_heads * n_pos**2, n_pos * (cfg.d_mlp or 0))
+    return max(1, EVALUATED // each)
 
 
 @torch.no_grad()

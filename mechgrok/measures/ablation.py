@@ -1,6 +1,6 @@
 """Ablation of single heads at hook_z: how much the loss grows when a head's output is replaced."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.measures.in_context import target_losses
-from mechgrok.model import FwdHook, example_losses, model_losses, scored_logits
+from mechgrok.model import at_once, example_losses, model_losses, scored_logits
 from mechgrok.types import Examples
 
 AblationKind = Literal["zero", "mean", "resample"]
@@ -63,31 +63,45 @@ def _ablated_logits(
     model: HookedTransformer, examples: Examples, kind: AnyAblation, rng: torch.Generator
 ) -> Iterator[Tensor]:
     """The logits of the scored positions without each head in turn."""
-    n_scored = examples.tensors[1].shape[1]
-    frozen = _clean_patterns(model, examples.tokens) if kind == "pattern-preserving" else []
+    n_scored, tokens = examples.tensors[1].shape[1], examples.tokens
+    shares = torch.arange(len(tokens)).split(at_once(model, examples))
+    keeps_patterns = kind == "pattern-preserving"
+    # A head's ablation changes neither its own z nor a pattern before the next layer's.
+    z, patterns = _clean(model, tokens, "z", shares), _clean(model, tokens, "pattern", shares) if keeps_patterns else []
     for layer in range(model.cfg.n_layers):
         for head in range(model.cfg.n_heads):
-            ablate = (f"blocks.{layer}.attn.hook_z", _replace(kind, head, permutation(kind, len(examples), rng)))
-            # A head changes no pattern before the next layer's.
-            yield scored_logits(model, examples.tokens, n_scored, [ablate, *frozen[layer + 1 :]])
+            own = z[layer][:, :, head]
+            instead = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
+            yield torch.cat(
+                [
+                    scored_logits(
+                        model, tokens[share], n_scored,
+                        [
+                            (f"blocks.{layer}.attn.hook_z", _put_head(head, instead[share])),
+                            *((f"blocks.{later}.attn.hook_pattern", _put(pattern[share]))
+                              for later, pattern in enumerate(patterns) if later > layer),
+                        ],
+                    )
+                    for share in shares
+                ]
+            )  # fmt: skip
 
 
-def _replace(kind: AnyAblation, head: int, others: Tensor | None) -> Callable[[Tensor, HookPoint], Tensor]:
+def _put_head(head: int, instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
     def hook_fn(z: Tensor, hook: HookPoint) -> Tensor:
-        own = z[:, :, head]
         z = z.clone()
-        z[:, :, head] = replacement(kind, own, others)
+        z[:, :, head] = instead
         return z
 
     return hook_fn
 
 
-def _clean_patterns(model: HookedTransformer, tokens: Tensor) -> list[FwdHook]:
-    """Hooks, one a layer, that put the attention patterns of the unharmed run in place."""
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    _, cache = model.run_with_cache(tokens, names_filter=names)
+def _put(instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
+    return lambda _, hook: instead
 
-    def put(pattern: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
-        return lambda _, hook: pattern
 
-    return [(name, put(cache[name])) for name in names]
+def _clean(model: HookedTransformer, tokens: Tensor, what: str, shares: Sequence[Tensor]) -> list[Tensor]:
+    """hook_z or hook_pattern of the unharmed run, one tensor a layer."""
+    names = [f"blocks.{layer}.attn.hook_{what}" for layer in range(model.cfg.n_layers)]
+    caches = [model.run_with_cache(tokens[share], names_filter=names)[1] for share in shares]
+    return [torch.cat([cache[name] for cache in caches]) for name in names]
