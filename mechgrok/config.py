@@ -20,6 +20,7 @@ from mechgrok.task_config import Fraction, Settings, TaskConfig
 MEMORY_GB = 2.0
 
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
+Precision = Literal["float32", "bfloat16", "float64"]
 
 
 class ModelConfig(Settings):
@@ -129,7 +130,7 @@ class LLCConfig(Settings):
     rmsprop_stability: PositiveFloat = 0.1
     canonicalize: bool = False
     engine: Literal["mechgrok", "devinterp"] = "mechgrok"
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    precision: Precision = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     memory_gb: PositiveFloat = MEMORY_GB
 

@@ -49,6 +49,7 @@ def test_when_they_serve(shape: dict, reason: str | None) -> None:
     model = build(**shape)
     found = compiled.why_not(Network(model, examples(model)))
     assert found is None if reason is None else reason in str(found)
+    assert compiled.why_not(Network(model, examples(model)), "bfloat16") == "not float32 on the CPU"
     assert compiled.why_not(Network(model.to(torch.float64), examples(model))) == "not float32 on the CPU"
 
 

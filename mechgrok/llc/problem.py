@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mechgrok.config import MEMORY_GB, LLCConfig
+from mechgrok.config import MEMORY_GB, LLCConfig, Precision
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
 from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
 from mechgrok.types import Component, Examples
@@ -68,7 +68,7 @@ def make_problem(
     chance_loss: float | None = None,
     canonicalize: bool = False,
     memory_gb: float = MEMORY_GB,
-    precision: str = "float32",
+    precision: Precision = "float32",
     device: str = "cpu",
 ) -> Problem:
     """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling.
@@ -132,7 +132,7 @@ def _hooked(
     chance: float | None,
     canonical: bool,
     memory: float,
-    precision: str,
+    precision: Precision,
     device: str,
 ) -> Problem:
     from transformer_lens import HookedTransformer
@@ -157,12 +157,12 @@ def _hooked(
         examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
     with torch.no_grad():
         init_losses = torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu()
-    potential = _potential(model, examples, components, memory)
+    potential = _potential(model, examples, components, memory, precision)
     chance = chance_loss(model) if chance is None else chance
     return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)
 
 
-def _as_asked(model: "HookedTransformer", precision: str, device: str) -> "HookedTransformer":
+def _as_asked(model: "HookedTransformer", precision: Precision, device: str) -> "HookedTransformer":
     """The model itself, or a copy in float64 or on another device."""
     if precision != "float64" and device == "cpu":
         return model
@@ -175,7 +175,11 @@ def _as_asked(model: "HookedTransformer", precision: str, device: str) -> "Hooke
 
 
 def _potential(
-    model: "HookedTransformer", examples: Examples, components: tuple[Component, ...], memory: float
+    model: "HookedTransformer",
+    examples: Examples,
+    components: tuple[Component, ...],
+    memory: float,
+    precision: Precision,
 ) -> Potential:
     """The fastest that computes this architecture; the last two leave all of it to TransformerLens."""
     from mechgrok.llc.head_potential import HeadPotential, can_hook
@@ -193,10 +197,10 @@ def _potential(
             f"{': ' + refusal if refusal else '; only single heads of one layer can'}"
         )
     if refusal is None and together:
-        return LayerHeads(model, examples, heads[0][0], [head for _, head in heads], memory)
+        return LayerHeads(model, examples, heads[0][0], [head for _, head in heads], memory, precision)
     (component,) = components
     if refusal is None:
-        return NetworkPotential(model, examples, component, memory)
+        return NetworkPotential(model, examples, component, memory, precision)
     if can_hook(model, component):
         return HeadPotential(model, examples, component)
     return ModulePotential(model, model_losses, examples.tensors, component)

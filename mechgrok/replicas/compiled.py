@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechgrok.config import Precision
 from mechgrok.replicas import fused, passes
 from mechgrok.replicas.cross_entropy import nats_of
 from mechgrok.replicas.lanes import WIDTH
@@ -85,11 +86,11 @@ def mlp_of(net: Network, layer: int, parameters: Parameters, moves: bool) -> dic
     }
 
 
-def why_not(net: Network) -> str | None:
+def why_not(net: Network, precision: Precision = "float32") -> str | None:
     """What keeps this network, or its numbers, from the compiled passes; None if nothing does."""
     cfg = net.cfg
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
-    if not fused.serves(net.frozen["embed.W_E"]):
+    if precision != "float32" or not fused.serves(net.frozen["embed.W_E"]):
         return "not float32 on the CPU"
     if cfg.positional_embedding_type not in ("standard", "shortformer"):
         return f"positional_embedding_type = {cfg.positional_embedding_type!r}"

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.components import HEAD_PARAMETERS
+from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.compiled import Passes
@@ -62,7 +63,15 @@ class LayerHeads(Blockwise):
             fits into half of it, and computed for each batch anew otherwise.
     """
 
-    def __init__(self, model: HookedTransformer, examples: Examples, layer: int, heads: Sequence[int], memory: float):
+    def __init__(
+        self,
+        model: HookedTransformer,
+        examples: Examples,
+        layer: int,
+        heads: Sequence[int],
+        memory: float,
+        precision: Precision = "float32",
+    ):
         super().__init__(model, examples, memory)
         self._layer, self._heads = layer, list(heads)
         own = {
@@ -75,7 +84,7 @@ class LayerHeads(Blockwise):
         self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
         self._readout, self._bias = self._net.readout(self._net.frozen)
         self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
-        self._compiled = self._compile() if compiled.why_not(self._net) is None else None
+        self._compiled = self._compile() if compiled.why_not(self._net, precision) is None else None
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory

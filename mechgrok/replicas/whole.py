@@ -1,17 +1,29 @@
 """Any component of a HookedTransformer: from the first layer that it touches on, in one batch."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.cross_entropy import cross_entropy
+from mechgrok.replicas.packing import Linear
 from mechgrok.sampling.potential import extract, inserter
 from mechgrok.types import Component, Examples
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The compiled passes; the layers and the readout that do not move, None for those that do."""
+
+    passes: compiled.Passes
+    layers: Sequence[compiled.Layer | None]
+    readout: Linear | None
 
 
 class NetworkPotential(Blockwise):
@@ -20,29 +32,43 @@ class NetworkPotential(Blockwise):
     Equal to `ModulePotential` up to float32 rounding.
     """
 
-    def __init__(self, model: HookedTransformer, examples: Examples, component: Component, memory: float):
+    def __init__(
+        self,
+        model: HookedTransformer,
+        examples: Examples,
+        component: Component,
+        memory: float,
+        precision: Precision = "float32",
+    ):
         super().__init__(model, examples, memory)
         own = {name: value.detach() for name, value in model.named_parameters()}
         self.anchor = extract(component, own)
         self._moved = tuple(component.masks)
         self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
         self._first = _first_layer(self._moved, model.cfg.n_layers)
-        self._passes = compiled.Passes(self._net) if compiled.why_not(self._net) is None else None
-        positions = ("pos_embed",) if model.cfg.positional_embedding_type == "shortformer" else ()
-        self._still = [
-            None
-            if self._moves(f"blocks.{layer}.", *positions)
-            else compiled.layer_of(self._net, layer, self._net.frozen, False)
-            for layer in range(model.cfg.n_layers)
-        ]
-        moves = self._moves("unembed", "ln_final")
-        self._still_readout = None if moves else compiled.readout_of(self._net, self._net.frozen, False)
+        self._compiled = self._compile() if compiled.why_not(self._net, precision) is None else None
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
         self._kept = self._run(self._all()) if self._first is not None and kept <= self._memory else None
 
+    def _compile(self) -> "_Compiled":
+        net, cfg = self._net, self._net.cfg
+
+        def moves(*prefixes: str) -> bool:
+            return any(name.startswith(prefixes) for name in self._moved)
+
+        positions = ("pos_embed",) if cfg.positional_embedding_type == "shortformer" else ()
+        return _Compiled(
+            compiled.Passes(net),
+            [
+                None if moves(f"blocks.{layer}.", *positions) else compiled.layer_of(net, layer, net.frozen, False)
+                for layer in range(cfg.n_layers)
+            ],
+            None if moves("unembed", "ln_final") else compiled.readout_of(net, net.frozen, False),
+        )
+
     def _numbers(self) -> int:
         cfg = self._net.cfg
-        if self._passes is not None:  # activations take none
+        if self._compiled is not None:  # activations take none
             return 3 * self._net.n_pos * cfg.d_model
         return (cfg.n_layers - (self._first or 0)) * numbers_of_a_layer(self._net, cfg.n_heads) + (
             3 * self._net.n_pos * cfg.d_model
@@ -58,16 +84,14 @@ class NetworkPotential(Blockwise):
         else:
             resid = self._kept.view(self.n_examples, -1, net.cfg.d_model)[index].flatten(1, 2)
         layers = range(self._first or 0, net.cfg.n_layers)
-        if self._passes is not None:
-            each = [self._still[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
-            readout = self._still_readout or compiled.readout_of(net, parameters, True)
-            return self._passes(each, readout, resid, None, len(theta), targets, weights)
+        if self._compiled is not None:
+            still = self._compiled
+            each = [still.layers[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
+            readout = still.readout or compiled.readout_of(net, parameters, True)
+            return still.passes(each, readout, resid, None, len(theta), targets, weights)
         for layer in layers:
             resid = net.layer(layer, resid, parameters)
         return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
-
-    def _moves(self, *prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in self._moved)
 
     @torch.no_grad()
     def _run(self, index: Tensor) -> Tensor:
