@@ -32,7 +32,7 @@ from mechgrok.replicas.products import ONE, OPTIONS, ZERO, copy, product
 from mechgrok.store import compiled_folder
 
 numba_settings: Any = config
-
+KEPT_IN = str(compiled_folder(Path(__file__).parent))
 IN_CACHE = 2**12  # numbers that stay in the first cache from one step to the next
 LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
 
@@ -48,8 +48,7 @@ def kept(loop: Callable[..., None]) -> Any:
     numba by itself would take a loop from the cache if only files have changed that it calls, so each state of this
     package has a place of its own.
     """
-    before, own = numba_settings.CACHE_DIR, compiled_folder(Path(__file__).parent)
-    numba_settings.CACHE_DIR = str(own)
+    before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, KEPT_IN
     try:
         return njit(cache=True, **OPTIONS)(loop)
     except RuntimeError:  # numba found no place for it

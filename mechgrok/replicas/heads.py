@@ -15,6 +15,7 @@ from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
+from mechgrok.replicas.network import Reads
 from mechgrok.replicas.packing import Linear
 from mechgrok.types import Examples
 
@@ -117,12 +118,8 @@ class LayerHeads(Blockwise):
         }
         if self._compiled is not None:
             return self._compiled_nats(self._compiled, own, given, targets, weights)
-        reads = {letter: own[f"W_{letter}"].transpose(0, 1) for letter in "QKV"}
-        biases = {
-            letter: own[f"b_{letter}"].transpose(0, 1)[:, None] + net.positions(layer, letter, read, frozen)
-            for letter, read in reads.items()
-        }
-        z = net.heads(layer, given.normalized, net.reads(layer, reads, biases), self._heads).flatten(0, 1)
+        reads = self._reads({name: part.transpose(0, 1) for name, part in own.items()})
+        z = net.heads(layer, given.normalized, reads, self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
         norm, readout, bias = net.norm("ln_final", frozen), self._readout, self._bias
         if self._before_readout is not None:
@@ -139,12 +136,7 @@ class LayerHeads(Blockwise):
     ) -> tuple[Tensor, Tensor]:
         net, layer = self._net, self._layer
         each = {name: part.flatten(0, 1)[:, None] for name, part in own.items()}  # [replica, head, ...], one head each
-        reads = {letter: each[f"W_{letter}"] for letter in "QKV"}
-        biases = {
-            letter: each[f"b_{letter}"][:, None] + net.positions(layer, letter, read, net.frozen)
-            for letter, read in reads.items()
-        }
-        read = net.reads(layer, reads, biases)
+        read = self._reads(each)
         out = self._centred(each["W_O"].squeeze(1))
         first = compiled.Layer(
             norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
@@ -160,6 +152,16 @@ class LayerHeads(Blockwise):
             own_read, before_read = Linear(torch.matmul(out, by.read.weight), moves=True), by.before_read
         heads = compiled.Heads(given.normalized, given.z.flatten(0, 1), by.before, own_read, before_read)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights)
+
+    def _reads(self, own: Mapping[str, Tensor]) -> Reads:
+        """Of the heads' parameters, Float[replica, head, ...]."""
+        net, layer = self._net, self._layer
+        weights = {letter: own[f"W_{letter}"] for letter in "QKV"}
+        biases = {
+            letter: own[f"b_{letter}"][:, None] + net.positions(layer, letter, weight, net.frozen)
+            for letter, weight in weights.items()
+        }
+        return net.reads(layer, weights, biases)
 
     def _rank_pays(self, n_rows: int) -> bool:
         """Whether reading a head through its rank saves more on these rows than W_O W and its gradient cost."""

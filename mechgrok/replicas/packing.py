@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.replicas.lanes import WIDTH
+from mechgrok.replicas.products import padded
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Packed:
             weight = weight if len(weight) > 1 else weight.expand(n, -1, -1)
             wanted = {"weight": weight} | ({"turned": weight.transpose(1, 2)} if linear.back else {})
             for name, matrix in wanted.items():
-                place[name] = self._next(len(matrix) * matrix.shape[1] * _padded(matrix.shape[2]))
+                place[name] = self._next(len(matrix) * matrix.shape[1] * padded(matrix.shape[2]))
                 parts.append((place[name], matrix, True))
             if linear.bias is not None:
                 bias = linear.bias.detach()
                 bias = bias if len(bias) > 1 else bias.expand(len(weight), -1, -1)
-                place["bias"] = self._next(_padded(bias.numel()))
+                place["bias"] = self._next(padded(bias.numel()))
                 parts.append((place["bias"], bias, False))
         self.flat = torch.empty(self._size + WIDTH)
         for at, part, in_columns in parts:
@@ -68,14 +69,10 @@ def _lay_out(matrix: Tensor, out: Tensor) -> None:
     """Float[n, n_in, n_out] -> [n, sixteen columns, n_in, 16]; the columns left over at the end are never read."""
     n, n_in, n_out = matrix.shape
     whole = n_out // WIDTH
-    place = out[: n * n_in * _padded(n_out)].view(n, -1, n_in, WIDTH)
+    place = out[: n * n_in * padded(n_out)].view(n, -1, n_in, WIDTH)
     place[:, :whole].copy_(matrix[:, :, : whole * WIDTH].unflatten(2, (whole, WIDTH)).transpose(1, 2))
     if rest := n_out % WIDTH:
         place[:, whole, :, :rest].copy_(matrix[:, :, whole * WIDTH :])
-
-
-def _padded(n: int) -> int:
-    return -(-n // WIDTH) * WIDTH
 
 
 def fill(record: Any, linear: Linear | None, places: Mapping[int, dict[str, int]]) -> None:

@@ -181,8 +181,14 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
             store(room, dread + here + c, left, times(d, by))
         if norm.scaled:
             _scale_back(p, added(along) / scale, scale, row, True, room, hat)
-    linear_gradient(p.own_read, replica, room, own_z, room, dread, n_rows, gradients)
-    linear_back(p.own_read, replica, shared, own, room, dread, n_rows, room, p.dz, False)
+    _low_sum_back(p, replica, n_rows, own_z, dread, shared, own, room, gradients)
+
+
+@njit(**OPTIONS)
+def _low_sum_back(p, replica, n_rows, own_z, dsum, shared, own, room, gradients):
+    """From the gradient by what `_low_sum` made: that by the head's rank, dz, and by p.own_read."""
+    linear_gradient(p.own_read, replica, room, own_z, room, dsum, n_rows, gradients)
+    linear_back(p.own_read, replica, shared, own, room, dsum, n_rows, room, p.dz, False)
 
 
 @njit(**OPTIONS)
@@ -301,8 +307,7 @@ def _loss(
         for row in range(n_rows):
             dscale = along[row] * weights[at + row] if p.final_norm.scaled else ZERO
             _scale_back(p, dscale, room[p.scale + row], row, False, room, p.resid)
-        linear_gradient(p.own_read, replica, room, layers[0].z, room, p.logits, n_rows, gradients)
-        linear_back(p.own_read, replica, shared, own, room, p.logits, n_rows, room, p.dz, False)
+        _low_sum_back(p, replica, n_rows, layers[0].z, p.logits, shared, own, room, gradients)
         return
     linear_gradient(p.readout, replica, room, p.hat, room, p.logits, n_rows, gradients)
     linear_back(p.readout, replica, shared, own, room, p.logits, n_rows, room, p.narrow, False)

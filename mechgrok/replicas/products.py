@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from mechgrok.replicas.lanes import WIDTH, added, load, minus, number, plus, spread, spread_from, store, times
 
@@ -90,19 +91,23 @@ def product(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group,
             _one_row(out, to + left * out_row + lane, add, a, at + left * a_row, a_term, x, group, x_term, n_terms, n)
 
 
-@njit(**OPTIONS)
-def _padded(n):
+@register_jitable
+def padded(n: int) -> int:
+    """n, or the next multiple of sixteen."""
     return (n + WIDTH - 1) // WIDTH * WIDTH
+
+
+@njit(**OPTIONS)
+def _by_packed(m, place, n_in, n_out, replica, shared, own, x, at, n_rows, out, to, add):
+    """out (+)= x M of the replica's n_in by n_out matrix M, or of the one that serves all, which begin at `place`."""
+    matrices, of = own if m.moves else shared, place + (replica * n_in * padded(n_out) if m.each else 0)
+    product(out, to, n_out, add, x, at, n_in, 1, matrices, of, WIDTH, WIDTH * n_in, n_in, n_rows, n_out)
 
 
 @njit(**OPTIONS)
 def weigh(m, replica, shared, own, x, at, n_rows, out, to, add):
     """out (+)= x W for n_rows rows."""
-    weights, first = own if m.moves else shared, replica if m.each else 0
-    of = m.weight + first * m.n_in * _padded(m.n_out)
-    product(
-        out, to, m.n_out, add, x, at, m.n_in, 1, weights, of, WIDTH, WIDTH * m.n_in, m.n_in, n_rows, m.n_out
-    )  # fmt: skip
+    _by_packed(m, m.weight, m.n_in, m.n_out, replica, shared, own, x, at, n_rows, out, to, add)
 
 
 @njit(**OPTIONS)
@@ -124,11 +129,7 @@ def bias_of(m, replica, shared, own):
 @njit(**OPTIONS)
 def linear_back(m, replica, shared, own, dout, at, n_rows, dx, to, add):
     """dx (+)= dout W^T."""
-    weights, first = own if m.moves else shared, replica if m.each else 0
-    of = m.turned + first * m.n_out * _padded(m.n_in)
-    product(
-        dx, to, m.n_in, add, dout, at, m.n_out, 1, weights, of, WIDTH, WIDTH * m.n_out, m.n_out, n_rows, m.n_in
-    )  # fmt: skip
+    _by_packed(m, m.turned, m.n_out, m.n_in, replica, shared, own, dout, at, n_rows, dx, to, add)
 
 
 @njit(**OPTIONS)
