@@ -9,7 +9,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.measures.in_context import target_losses
-from mechgrok.model import at_once, example_losses, model_losses, scored_logits
+from mechgrok.model import FwdHook, at_once, example_losses, model_losses, scored_logits
 from mechgrok.types import Examples
 
 AblationKind = Literal["zero", "mean", "resample"]
@@ -65,43 +65,44 @@ def _ablated_logits(
     """The logits of the scored positions without each head in turn."""
     n_scored, tokens = examples.tensors[1].shape[1], examples.tokens
     shares = torch.arange(len(tokens)).split(at_once(model, examples))
-    keeps_patterns = kind == "pattern-preserving"
+    what = ("z", "pattern") if kind == "pattern-preserving" else ("z",)
     # A head's ablation changes neither its own z nor a pattern before the next layer's.
-    z, patterns = _clean(model, tokens, "z", shares), _clean(model, tokens, "pattern", shares) if keeps_patterns else []
+    clean = _clean(model, tokens, what, shares)
     for layer in range(model.cfg.n_layers):
+        frozen = [name for name in clean if name.endswith("hook_pattern") and int(name.split(".")[1]) > layer]
         for head in range(model.cfg.n_heads):
-            own = z[layer][:, :, head]
+            point = f"blocks.{layer}.attn.hook_z"
+            own = clean[point][:, :, head]
             instead = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
-            yield torch.cat(
-                [
-                    scored_logits(
-                        model, tokens[share], n_scored,
-                        [
-                            (f"blocks.{layer}.attn.hook_z", _put_head(head, instead[share])),
-                            *((f"blocks.{later}.attn.hook_pattern", _put(pattern[share]))
-                              for later, pattern in enumerate(patterns) if later > layer),
-                        ],
-                    )
-                    for share in shares
-                ]
-            )  # fmt: skip
+            logits = [
+                scored_logits(
+                    model, tokens[share], n_scored,
+                    [put_head(point, head, instead[share]), *((name, _put(clean[name][share])) for name in frozen)],
+                )
+                for share in shares
+            ]  # fmt: skip
+            yield torch.cat(logits)
 
 
-def _put_head(head: int, instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
-    def hook_fn(z: Tensor, hook: HookPoint) -> Tensor:
-        z = z.clone()
-        z[:, :, head] = instead
-        return z
+def put_head(point: str, head: int, value: Tensor) -> FwdHook:
+    """A hook that puts a value in the place of one head's, where heads are the third axis: [example, pos, d_head]."""
 
-    return hook_fn
+    def hook_fn(all_heads: Tensor, hook: HookPoint) -> Tensor:
+        all_heads = all_heads.clone()
+        all_heads[:, :, head] = value
+        return all_heads
+
+    return point, hook_fn
 
 
 def _put(instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
     return lambda _, hook: instead
 
 
-def _clean(model: HookedTransformer, tokens: Tensor, what: str, shares: Sequence[Tensor]) -> list[Tensor]:
-    """hook_z or hook_pattern of the unharmed run, one tensor a layer."""
-    names = [f"blocks.{layer}.attn.hook_{what}" for layer in range(model.cfg.n_layers)]
+def _clean(
+    model: HookedTransformer, tokens: Tensor, what: Sequence[str], shares: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """These hooks of every layer's attention in the unharmed run, by name."""
+    names = [f"blocks.{layer}.attn.hook_{one}" for layer in range(model.cfg.n_layers) for one in what]
     caches = [model.run_with_cache(tokens[share], names_filter=names)[1] for share in shares]
-    return [torch.cat([cache[name] for cache in caches]) for name in names]
+    return {name: torch.cat([cache[name] for cache in caches]) for name in names}

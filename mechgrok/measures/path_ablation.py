@@ -4,19 +4,18 @@ The three ways in, queries, keys and values, are ablated one by one or together.
 every other part receives is what it is in the clean run; what comes after the later head responds to it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ComponentError
-from mechgrok.measures.ablation import AblationKind, permutation, replacement
+from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
 from mechgrok.measures.in_context import target_losses
-from mechgrok.model import FwdHook, scored_logits
+from mechgrok.model import scored_logits
 from mechgrok.types import Examples
 
 Head = tuple[int, int]  # layer, head
@@ -84,7 +83,10 @@ def path_ablation(
     own = clean.z[sender[0]][:, :, sender[1]]
     replaced = replacement(kind, own, permutation(kind, len(examples), rng))
     resid = clean.resid_pre[layer] + (replaced - own) @ model.W_O[sender]
-    hooks = [_put(model, receiver, letter, _head_input(model, receiver, letter, resid)) for letter in inputs]
+    hooks = [
+        put_head(f"blocks.{layer}.attn.hook_{letter}", receiver[1], _head_input(model, receiver, letter, resid))
+        for letter in inputs
+    ]
     if model.cfg.positional_embedding_type == "shortformer":  # whose later layers need the positions of the first
         logits = scored_logits(model, examples.tokens, n_scored, hooks)
     else:
@@ -100,13 +102,3 @@ def _head_input(model: HookedTransformer, head: Head, letter: Input, resid: Tens
         x = x + model.W_pos[: x.shape[1]]
     weight, bias = (getattr(block.attn, f"{part}_{letter.upper()}")[head[1]] for part in ("W", "b"))
     return x @ weight + bias
-
-
-def _put(model: HookedTransformer, head: Head, letter: Input, value: Tensor) -> FwdHook:
-    def hook_fn(all_heads: Tensor, hook: HookPoint) -> Tensor:
-        all_heads = all_heads.clone()
-        all_heads[:, :, head[1]] = value
-        return all_heads
-
-    put: Callable[[Tensor, HookPoint], Tensor] = hook_fn
-    return f"blocks.{head[0]}.attn.hook_{letter}", put
