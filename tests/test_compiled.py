@@ -9,12 +9,14 @@ from numba import njit
 
 from mechgrok import seeds
 from mechgrok.components import component
-from mechgrok.replicas import compiled, products
+from mechgrok.replicas import compiled, lanes
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.lanes import WIDTH, gated, load, put, store, where_above
+from mechgrok.replicas.linear import MATRIX, linear, linear_back, linear_gradient
 from mechgrok.replicas.network import Network
+from mechgrok.replicas.norms import NORM, normalize, normalize_back
 from mechgrok.replicas.packing import Linear, Packed, fill
-from mechgrok.replicas.products import MATRIX, NORM, OPTIONS, ZERO
+from mechgrok.replicas.products import OPTIONS, ZERO
 from mechgrok.replicas.whole import NetworkPotential
 from mechgrok.sampling.potential import Potential
 from tests.test_replicas import N_CHAINS, N_EXAMPLES, PLENTY, build, examples, moved
@@ -49,8 +51,32 @@ def test_when_they_serve(shape: dict, reason: str | None) -> None:
     model = build(**shape)
     found = compiled.why_not(Network(model, examples(model)))
     assert found is None if reason is None else reason in str(found)
-    assert compiled.why_not(Network(model, examples(model)), "bfloat16") == "not float32 on the CPU"
     assert compiled.why_not(Network(model.to(torch.float64), examples(model))) == "not float32 on the CPU"
+
+
+@pytest.mark.parametrize(("amx", "bfloat16", "serves"), [(0, 0, False), (0, 1, True), (1, 1, False)])
+def test_bfloat16_goes_where_it_is_fastest(
+    amx: int, bfloat16: int, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "HAS_AMX", amx)
+    monkeypatch.setattr(compiled, "HAS_BFLOAT16", bfloat16)
+    model = build()
+    net = Network(model, examples(model))
+    assert (compiled.why_not(net, "bfloat16") is None) == serves
+    assert compiled.why_not(net, "float32") is None
+
+
+def test_bfloat16_is_for_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is only evaluated, as the baseline is, keeps the bits of float32."""
+    for potential in potentials(d_mlp=7):
+        theta, index = moved(potential.anchor), batch(9)
+        exact, (losses, gradient) = potential.losses(theta, index), potential.losses_and_grad(theta, index)
+        monkeypatch.setattr(potential._compiled.passes, "precision", "bfloat16")
+        rough, back = potential.losses_and_grad(theta, index)
+        assert torch.equal(potential.losses(theta, index), exact)
+        assert 1e-5 < float((rough - losses).abs().max()) < 0.03
+        # As much as rounding the weights to bfloat16 by itself does.
+        assert 1e-3 < float((back - gradient).norm() / gradient.norm()) < 0.1
 
 
 @pytest.mark.parametrize("d_mlp", [None, 7])
@@ -68,6 +94,26 @@ def test_blocks_of_any_number_of_examples_give_the_same(
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("size", [1.0, 200.0])
+@pytest.mark.parametrize("d_vocab_out", [16, 41])
+def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen at once or all, also where the largest logit of some lies hundreds below that of others."""
+    model = build(d_vocab_out=d_vocab_out)
+    model.unembed.W_U.data *= size
+    data = examples(model, "some")
+    heads = [LayerHeads(model, data, layer, range(2), PLENTY) for layer in (0, 1)]
+    for potential in [*heads, NetworkPotential(model, data, component(model, "model"), PLENTY)]:
+        theta, index = moved(potential.anchor), batch(7)
+        losses, gradient = potential.losses_and_grad(theta, index)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "LOGITS", 1)
+            again, other = potential.losses_and_grad(theta, index)
+            assert torch.equal(again, potential.losses(theta, index))
+        torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+        assert losses.isfinite().all() and gradient.isfinite().all()
+
+
 def test_what_an_earlier_call_left_in_the_room_is_not_seen() -> None:
     """Not even if it was NaN: the same bits as from a fresh start."""
     for potential, fresh in zip(potentials(), potentials(), strict=True):
@@ -81,46 +127,51 @@ def test_what_an_earlier_call_left_in_the_room_is_not_seen() -> None:
 
 @njit(**OPTIONS)
 def _apply(m, replica, packed, nothing, x, n_rows, out, dx, gradients):
-    products.linear(m, replica, nothing, packed, x, 0, n_rows, out, 0, False)
-    products.linear_back(m, replica, nothing, packed, out, 0, n_rows, dx, 0, False)
-    products.linear_gradient(m, replica, x, 0, out, 0, n_rows, gradients)
+    linear(m, replica, nothing, packed, x, 0, n_rows, out, 0, False)
+    linear_back(m, replica, nothing, packed, out, 0, n_rows, dx, 0, False)
+    linear_gradient(m, replica, x, 0, out, 0, n_rows, gradients)
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.booleans())
-def test_linear_maps_and_their_gradients(n_rows: int, n_in: int, n_out: int, n_bias: int, each: bool) -> None:
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.booleans(), st.booleans())
+def test_linear_maps_and_their_gradients(
+    n_rows: int, n_in: int, n_out: int, n_bias: int, each: bool, half: bool
+) -> None:
+    """With bfloat16s just their rounding is lost: products of two are exact in float32."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return (x.to(torch.bfloat16) if half else x).double()
+
     n = 3 if each else 1
     weight, bias, x = normal(n, n_in, n_out), normal(n, n_bias, n_out), normal(n_rows, n_in)
     linear = Linear(weight, bias, moves=True)
-    packed = Packed([linear])
+    packed = Packed([linear], half=half)
     packed.places[id(linear)].update(dweight=0, dbias=weight.numel())
     record = np.zeros((), MATRIX)
     fill(record, linear, packed.places)
-    out, dx, gradients = (
-        torch.full((n_rows, n_out), torch.nan),
-        torch.full((n_rows, n_in), torch.nan),
-        torch.zeros(weight.numel() + bias.numel()),
-    )
-    replica = n - 1
+    record["spare"] = room = n_rows * max(n_in, n_out)
+    out, dx = (torch.full((room + 21 * (n_in + n_out),), torch.nan) for _ in range(2))
+    gradients, replica = torch.zeros(weight.numel() + bias.numel()), n - 1
     arrays = [part.view(-1).numpy() for part in (packed.flat, torch.zeros(1), x)]
-    _apply(record[()], replica, *arrays, n_rows, *(part.view(-1).numpy() for part in (out, dx, gradients)))
-    rows = torch.arange(n_rows) % n_bias
-    wanted = x.double() @ weight[replica].double() + bias[replica, rows].double()
+    _apply(record[()], replica, *arrays, n_rows, *(part.numpy() for part in (out, dx, gradients)))
+    out, dx = out[: n_rows * n_out].view(n_rows, n_out), dx[: n_rows * n_in].view(n_rows, n_in)
+    rows, own = torch.arange(n_rows) % n_bias, rounded(weight[replica])
+    wanted = rounded(x) @ own + bias[replica, rows].double()
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(dx.double(), wanted @ weight[replica].double().T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(dx.double(), rounded(out) @ own.T, rtol=1e-4, atol=1e-3)
     dweight, dbias = gradients.split([weight.numel(), bias.numel()])
     torch.testing.assert_close(
-        dweight.view(weight.shape)[replica].double(), x.double().T @ wanted, rtol=1e-4, atol=1e-3
+        dweight.view(weight.shape)[replica].double(), rounded(x).T @ rounded(out), rtol=1e-4, atol=1e-3
     )
-    sums = torch.zeros(n_bias, n_out, dtype=torch.float64).index_add_(0, rows, wanted)
+    sums = torch.zeros(n_bias, n_out, dtype=torch.float64).index_add_(0, rows, out.double())
     torch.testing.assert_close(dbias.view(bias.shape)[replica].double(), sums, rtol=1e-4, atol=1e-3)
     assert not dweight.view(weight.shape)[:replica].any()
 
 
 @njit(**OPTIONS)
 def _norm(norm, x, n_rows, n, hat, dhat, dx):
-    products.normalize(norm, x, 0, n_rows, n, hat, 0, n_rows * n)
-    products.normalize_back(norm, dhat, 0, n_rows, n, hat, 0, n_rows * n, dx, 0)
+    normalize(norm, x, 0, n_rows, n, hat, 0, n_rows * n)
+    normalize_back(norm, dhat, 0, n_rows, n, hat, 0, n_rows * n, dx, 0)
 
 
 @settings(deadline=None)
@@ -157,3 +208,32 @@ def test_choices_lane_by_lane() -> None:
     replaced[3] = y[0]
     wanted = np.concatenate([np.where(x > 0, y, 0), replaced, x, np.where(x > y[0], y, y[1])])
     assert np.array_equal(out, wanted)
+
+
+@pytest.mark.parametrize("native", [False, lanes.HAS_BFLOAT16])
+def test_pairs_of_bfloat16s_and_their_products(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's own instructions where it has them, and by others."""
+    monkeypatch.setattr(lanes, "HAS_BFLOAT16", native)
+
+    one = lanes.tile(lanes.into_dots, 1, 1)
+
+    @njit(**OPTIONS)
+    def apply(x, y, z, out):
+        a, b, c = load(x, 0, WIDTH, ZERO), load(y, 0, WIDTH, ZERO), load(z, 0, WIDTH, ZERO)
+        store(out, 0, WIDTH, lanes.pairs(a, b))
+        store(out, WIDTH, WIDTH, lanes.halves(a, b))
+        store(out, 2 * WIDTH, WIDTH, a)
+        store(out, 3 * WIDTH, WIDTH, lanes.pairs(b, c))
+        # The first pair of the first, (x[0], y[0]), times every pair of the latter.
+        one(out, 2 * WIDTH, 0, True, out, 0, 0, 0, out, 3 * WIDTH, 0, 0, 1, WIDTH)
+
+    x, y, z = 1e3 * normal(3, WIDTH)
+    x[0], y[1] = 1 + 2**-8, 1 + 3 * 2**-8  # halfway between two: to the even one
+    out = torch.empty(4 * WIDTH)
+    apply(x.numpy(), y.numpy(), z.numpy(), out.numpy())
+    found = out[: 2 * WIDTH].view(torch.bfloat16).view(2, -1)
+    assert torch.equal(found[0], torch.stack([x, y], dim=1).flatten().to(torch.bfloat16))
+    assert torch.equal(found[1], torch.cat([x, y]).to(torch.bfloat16))
+    a, b, c = (one.to(torch.bfloat16).double() for one in (x, y, z))
+    wanted = x.double() + a[0] * b + b[0] * c
+    torch.testing.assert_close(out[2 * WIDTH : 3 * WIDTH].double(), wanted, rtol=1e-6, atol=1)

@@ -11,11 +11,13 @@ from torch import Tensor
 from mechgrok.config import Precision
 from mechgrok.replicas import fused, passes
 from mechgrok.replicas.cross_entropy import nats_of
-from mechgrok.replicas.lanes import WIDTH
+from mechgrok.replicas.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
+from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
 
 ROWS = 64  # of the residual stream at once, or those of one example if it has more
+LOGITS = 30720  # at once: with as many weights they stay in a core's second cache
 LARGEST = 2**22  # numbers that a block may have of one kind: more would not stay in a processor's last cache
 
 
@@ -90,8 +92,10 @@ def why_not(net: Network, precision: Precision = "float32") -> str | None:
     """What keeps this network, or its numbers, from the compiled passes; None if nothing does."""
     cfg = net.cfg
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
-    if precision != "float32" or not fused.serves(net.frozen["embed.W_E"]):
+    if not fused.serves(net.frozen["embed.W_E"]):
         return "not float32 on the CPU"
+    if precision == "bfloat16" and (HAS_AMX or not HAS_BFLOAT16):
+        return "bfloat16's products are torch's on this processor"
     if cfg.positional_embedding_type not in ("standard", "shortformer"):
         return f"positional_embedding_type = {cfg.positional_embedding_type!r}"
     if not cfg.attn_only and cfg.act_fn != "relu":
@@ -105,11 +109,15 @@ LINEARS = ("q", "rest", "out", "mlp_in", "mlp_out")
 
 
 class Passes:
-    """Runs the passes of one network; keeps what it has packed of it, and the room for what lies between."""
+    """Runs the passes of one network; keeps what it has packed of it, and the room for what lies between.
 
-    def __init__(self, net: Network):
-        self.net = net
-        self._still = Packed([])
+    With precision "bfloat16" the products of a pass that is differentiated are of bfloat16s, but for attention's own;
+    a loss that is only evaluated, as the baseline is, has float32's.
+    """
+
+    def __init__(self, net: Network, precision: Precision = "float32"):
+        self.net, self.precision = net, precision
+        self._still = {half: Packed([]) for half in (False, True)}
         self._room = torch.zeros(0)
 
     def __call__(
@@ -133,11 +141,11 @@ class Passes:
         moving = [part for linear in job.linears() if linear.moves for part in (linear.weight, linear.bias)]
         return _Run.apply(job, resid, *moving)
 
-    def still(self, linears: list[Linear]) -> Packed:
+    def still(self, linears: list[Linear], half: bool) -> Packed:
         """What does not move, packed at the first call."""
-        if not self._still.holds(linears):
-            self._still = Packed(linears)
-        return self._still
+        if not self._still[half].holds(linears):
+            self._still[half] = Packed(linears, half=half)
+        return self._still[half]
 
     def room(self, size: int) -> Tensor:
         """At least so many numbers, all of them finite or once computed from what was not."""
@@ -188,7 +196,9 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     net, heads, n_replicas = job.by.net, job.heads, job.n_replicas
     linears = job.linears()
     moves = [linear for linear in linears if linear.moves]
-    still, own = job.by.still([linear for linear in linears if not linear.moves]), Packed(moves, n_replicas)
+    half = any(wanted) and job.by.precision == "bfloat16"
+    still = job.by.still([linear for linear in linears if not linear.moves], half)
+    own = Packed(moves, n_replicas, half)
     # Gradients lie one after another, in the order of what moves.
     shapes = [
         torch.Size((n_replicas, *part.shape[1:])) if want and part is not None else torch.Size((0,))
@@ -200,19 +210,20 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
         own.places[id(linear)].update(dweight=next(begins), dbias=next(begins))
     gradients = torch.zeros(sum(sizes))
     dresid = torch.empty((n_replicas, *job.resid.shape[1:]) if wanted[0] else 0)
-    places = still.places | own.places
     room = _Room(_at_once(net.n_pos), net)
+    spare = room.put(pairs_of(room.rows) * max(sum(linear.weight.shape[1:]) for linear in linears) if half else 0)
+    places = {linear: place | {"spare": spare} for linear, place in (still.places | own.places).items()}
     layers = np.array([_layer(layer, places, room) for layer in job.layers], passes.LAYER)
     record = _pass(job, places, room)
     record["backward"], record["back_to_start"] = any(wanted), wanted[0]
     space = job.by.room(room.size)
     found = n_replicas, job.targets.shape[1]
-    others, away, along = (torch.empty(shape) for shape in (found, found, (room.rows,)))
+    others, away = torch.empty(found), torch.empty(found)
     x, z = (torch.empty(0),) * 2 if heads is None else (heads.normalized, heads.z)
     keys = (net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1))
     tensors = (
         net.scored, *keys, still.flat, own.flat, x, job.resid, z, job.targets, job.weights,
-        space, others, away, along, gradients,
+        space, others, away, gradients,
     )  # fmt: skip
     arrays = [part.detach().contiguous().view(-1).numpy() for part in tensors]
     passes.run(record[()], layers, *arrays, dresid.view(-1).numpy())
@@ -278,10 +289,11 @@ def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
             last = passes.READOUT if len(job.layers) == 1 else passes.NEXT
             record["low"] = last if job.layers[0].mlp_in is None else passes.MLP
     n_classes, width = job.readout.weight.shape[2], cfg.n_heads * cfg.d_head
+    classes = min(max(WIDTH, LOGITS // rows // WIDTH * WIDTH), n_classes)
     given = {
         "n_replicas": job.n_replicas, "n_chains": len(job.targets), "n_pos": n_pos, "n_scored": len(net.scored),
         "n_examples": job.targets.shape[1] // len(net.scored), "at_once": room.at_once,
-        "d_model": cfg.d_model, "n_classes": n_classes, "given": heads is not None,
+        "d_model": cfg.d_model, "n_classes": n_classes, "classes": classes, "given": heads is not None,
     }  # fmt: skip
     for name, value in given.items():
         record[name] = value
@@ -290,7 +302,8 @@ def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
         turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos, dkeys=n_pos * cfg.d_head, dvalues=n_pos * cfg.d_head,
-        scale=rows, factor=rows,
+        scaled=rows * max(cfg.d_model, cfg.d_head), scale=rows, tops=rows * -(-n_classes // classes), top=rows,
+        origin=rows, target=rows, others=rows, along=rows,
     )  # fmt: skip
     return record
 

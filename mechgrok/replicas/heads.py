@@ -85,13 +85,13 @@ class LayerHeads(Blockwise):
         self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
         self._readout, self._bias = self._net.readout(self._net.frozen)
         self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
-        self._compiled = self._compile() if compiled.why_not(self._net, precision) is None else None
+        self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
         fits = self.n_examples * kept <= self._memory
         self._kept = self._run(self._all()) if fits else None
 
-    def _compile(self) -> "_Compiled":
+    def _compile(self, precision: Precision) -> "_Compiled":
         net, layers = self._net, range(self._layer + 1, self._net.cfg.n_layers)
         mlp = compiled.mlp_of(net, self._layer, net.frozen, moves=False)
         later = [compiled.layer_of(net, layer, net.frozen, moves=False) for layer in layers]
@@ -99,7 +99,7 @@ class LayerHeads(Blockwise):
         # What reads the residual stream next, if one map reads all its rows.
         read = mlp["mlp_in"] if mlp else (later[0].rest if later[0].q is None else None) if later else readout
         before = None if read is None else Linear(-torch.matmul(self._before, read.weight), back=False)
-        return _Compiled(Passes(net), mlp, later, readout, Linear(-self._before, back=False), read, before)
+        return _Compiled(Passes(net, precision), mlp, later, readout, Linear(-self._before, back=False), read, before)
 
     def _numbers(self) -> int:
         if self._compiled is not None:  # activations take none
@@ -149,7 +149,9 @@ class LayerHeads(Blockwise):
         )
         own_read = before_read = None
         if by.read is not None and self._rank_pays(given.z.shape[2]):
-            own_read, before_read = Linear(torch.matmul(out, by.read.weight), moves=True), by.before_read
+            # One product of all replicas' rows: torch would make one for each, and lay W out for each anew.
+            through = torch.mm(out.flatten(0, 1), by.read.weight[0]).unflatten(0, out.shape[:2])
+            own_read, before_read = Linear(through, moves=True), by.before_read
         heads = compiled.Heads(given.normalized, given.z.flatten(0, 1), by.before, own_read, before_read)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights)
 

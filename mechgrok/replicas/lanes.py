@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
@@ -14,6 +14,10 @@ WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 INTS = ir.VectorType(ir.IntType(32), WIDTH)
 CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
+
+_FEATURES = binding.get_host_cpu_features()
+HAS_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))  # whether `dots` is one instruction here
+HAS_AMX = bool(_FEATURES.get("amx-bf16"))  # whether there are faster ones, which torch's products have
 
 number = np.float32
 LEAST = number(-87)  # below this `exp` stays where it is, at 1e-38
@@ -150,12 +154,6 @@ def spread(builder, value):
 
 
 @_operation(lanes)
-def spread_from(builder, array, at):
-    """The number at `at` in all lanes; unlike array[at] it does not look whether `at` is negative."""
-    return _spread(builder, builder.load(builder.gep(array, [at])))
-
-
-@_operation(lanes)
 def plus(builder, a, b):
     """a + b."""
     return builder.fadd(a, b, flags=CONTRACT)
@@ -196,6 +194,62 @@ def added(builder, x):
     """The sum of the lanes."""
     start = ir.Constant(ir.FloatType(), 0.0)
     return _call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+BFLOATS = ir.VectorType(_BFloat(), 2 * WIDTH)
+_HALF = 16  # bits
+
+
+def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The bits of x with the last sixteen rounded to zero, to even: those of a bfloat16 and nothing after it."""
+    bits = builder.bitcast(x, INTS)
+    odd = builder.and_(builder.lshr(bits, _all(_HALF, INTS)), _all(1, INTS))
+    return builder.and_(builder.add(bits, builder.add(odd, _all(0x7FFF, INTS))), _all(-0x10000, INTS))
+
+
+@_operation(lanes)
+def pairs(builder, x, y):
+    """Each lane of x and the same of y, rounded to bfloat16, as one lane."""
+    low = builder.lshr(_rounded(builder, x), _all(_HALF, INTS))
+    return builder.bitcast(builder.or_(low, _rounded(builder, y)), FLOATS)
+
+
+@_operation(lanes)
+def halves(builder, x, y):
+    """The lanes of x and then those of y, each two neighbours rounded to bfloat16 as one lane."""
+    if HAS_BFLOAT16:
+        return builder.bitcast(_call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, y, x), FLOATS)
+    even, odd = (builder.shuffle_vector(x, y, ir.Constant(INTS, list(range(first, 2 * WIDTH, 2)))) for first in (0, 1))
+    low = builder.lshr(_rounded(builder, even), _all(_HALF, INTS))
+    return builder.bitcast(builder.or_(low, _rounded(builder, odd)), FLOATS)
+
+
+def into_dots(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total + a b, where each lane of a and b is two bfloat16s and a b the sum of both products, in float32."""
+    if HAS_BFLOAT16:
+        factors = (builder.bitcast(factor, BFLOATS) for factor in (a, b))
+        return _call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, *factors)
+
+    def low(x: ir.Value) -> ir.Value:
+        return builder.bitcast(builder.shl(builder.bitcast(x, INTS), _all(_HALF, INTS)), FLOATS)
+
+    def high(x: ir.Value) -> ir.Value:
+        return builder.bitcast(builder.and_(builder.bitcast(x, INTS), _all(-0x10000, INTS)), FLOATS)
+
+    return _fma(builder, high(a), high(b), _fma(builder, low(a), low(b), total))
 
 
 @_operation(lanes)
@@ -239,3 +293,47 @@ def exp(builder, x):
     # Added to this, n + 127 stands in the last bits; moved up by 23 it is the exponent of 2^n.
     bits = builder.bitcast(builder.fadd(n, _all(2**23 + 2**22 + 127)), INTS)
     return builder.fmul(series, builder.bitcast(builder.shl(bits, _all(23, INTS)), FLOATS))
+
+
+def into_times(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total + a b."""
+    return _fma(builder, a, b, total)
+
+
+def tile(into: Callable[..., ir.Value], n_rows: int, n_groups: int) -> Any:
+    """An operation that makes a piece of a product, whose sums stay in the processor's registers.
+
+    out[r, l] (+)= sum over t of a[r, t] x[t, l], each term by `into`, for n_rows rows and n_groups times sixteen lanes,
+    of the last of which n are there. out[r, l] stands at to + out_row r + l, a[r, t] at `at` + a_row r + a_term t, and
+    sixteen lanes of x[t] at of + x_term t, the next sixteen x_group after them.
+    """
+
+    @_operation(types.void)
+    def piece(builder, out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n):
+        def along(start: ir.Value, step: ir.Value, times: int | ir.Value) -> ir.Value:
+            return builder.add(start, builder.mul(step, step.type(times) if isinstance(times, int) else times))
+
+        def masked(array: ir.Value, place: ir.Value, group: int) -> ir.Value:
+            given = (_place(builder, array, place), _int32(4), there[group], _all(0))
+            return _call(builder, "masked.load.v16f32.p0", FLOATS, *given)
+
+        there = [_is_first(builder, n if group == n_groups - 1 else n.type(WIDTH)) for group in range(n_groups)]
+        cells = [(row, group) for row in range(n_rows) for group in range(n_groups)]
+        places = {(row, group): builder.add(along(to, out_row, row), to.type(group * WIDTH)) for row, group in cells}
+        sums = {cell: cgutils.alloca_once_value(builder, _all(0)) for cell in cells}
+        with builder.if_then(add):
+            for cell in cells:
+                builder.store(masked(out, places[cell], cell[1]), sums[cell])
+        with cgutils.for_range(builder, n_terms) as term:
+            term_at, term_of = along(at, a_term, term.index), along(of, x_term, term.index)
+            terms = [masked(x, along(term_of, x_group, group), group) for group in range(n_groups)]
+            for row in range(n_rows):
+                each = _spread(builder, builder.load(builder.gep(a, [along(term_at, a_row, row)])))
+                for group, y in enumerate(terms):
+                    held = sums[row, group]
+                    builder.store(into(builder, builder.load(held), each, y), held)
+        for cell in cells:
+            given = (builder.load(sums[cell]), _place(builder, out, places[cell]), _int32(4), there[cell[1]])
+            _call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
+
+    return piece

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.replicas.lanes import WIDTH
+from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.products import padded
 
 
@@ -30,18 +31,20 @@ class Packed:
 
     Args:
         n: of each that moves, how many replicas there are; one may serve them all.
+        half: weights as pairs of bfloat16s, of two rows, each pair in the place of one number.
     """
 
-    def __init__(self, linears: Sequence[Linear], n: int = 1):
+    def __init__(self, linears: Sequence[Linear], n: int = 1, half: bool = False):
         self._linears, self._size = linears, 0
         self.places: dict[int, dict[str, int]] = {}
         parts: list[tuple[int, Tensor, bool]] = []
         for linear in linears:
-            place = self.places[id(linear)] = {"each": int(n > 1 or len(linear.weight) > 1)}
+            place = self.places[id(linear)] = {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)}
             weight = linear.weight.detach()
             weight = weight if len(weight) > 1 else weight.expand(n, -1, -1)
             wanted = {"weight": weight} | ({"turned": weight.transpose(1, 2)} if linear.back else {})
             for name, matrix in wanted.items():
+                matrix = _in_pairs(matrix) if half else matrix
                 place[name] = self._next(len(matrix) * matrix.shape[1] * padded(matrix.shape[2]))
                 parts.append((place[name], matrix, True))
             if linear.bias is not None:
@@ -65,6 +68,15 @@ class Packed:
         return at
 
 
+def _in_pairs(matrix: Tensor) -> Tensor:
+    """Float[n, n_in, n_out] -> [n, n_in / 2, n_out], the bits of two bfloat16s in each number."""
+    n, n_in, n_out = matrix.shape
+    rounded = matrix.new_zeros(n, pairs_of(n_in), n_out, 2, dtype=torch.bfloat16)
+    rounded[..., 0].copy_(matrix[:, ::2])
+    rounded[:, : n_in // 2, :, 1].copy_(matrix[:, 1::2])
+    return rounded.view(torch.float32).squeeze(-1)
+
+
 def _lay_out(matrix: Tensor, out: Tensor) -> None:
     """Float[n, n_in, n_out] -> [n, sixteen columns, n_in, 16]; the columns left over at the end are never read."""
     n, n_in, n_out = matrix.shape
@@ -76,7 +88,7 @@ def _lay_out(matrix: Tensor, out: Tensor) -> None:
 
 
 def fill(record: Any, linear: Linear | None, places: Mapping[int, dict[str, int]]) -> None:
-    """Write a record of `products.MATRIX`; all zeros, and no gradient, for None."""
+    """Write a record of `linear.MATRIX`; all zeros, and no gradient, for None."""
     record["dweight"] = record["dbias"] = -1
     if linear is not None:
         record["n_in"], record["n_out"], record["moves"] = *linear.weight.shape[1:], linear.moves

@@ -8,24 +8,12 @@ All arrays are flat; `LAYER` and `PASS` are records that say where in them the n
 import numpy as np
 from numba import njit
 
-from mechgrok.replicas.fused import attention, attention_backward, kept, softmax
-from mechgrok.replicas.lanes import WIDTH, added, gated, larger, load, minus, number, plus, spread, store, times
-from mechgrok.replicas.products import (
-    MATRIX,
-    NORM,
-    ONE,
-    OPTIONS,
-    ZERO,
-    bias_of,
-    copy,
-    inverse_rms,
-    linear,
-    linear_back,
-    linear_gradient,
-    normalize,
-    normalize_back,
-    weigh,
-)
+from mechgrok.replicas.fused import attention, attention_backward, kept
+from mechgrok.replicas.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
+from mechgrok.replicas.linear import MATRIX, bias_of, linear, linear_back, linear_gradient, weigh
+from mechgrok.replicas.loss import loss, shared_logits
+from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
+from mechgrok.replicas.products import OPTIONS, ZERO, copy
 
 # What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
 MLP, NEXT, READOUT = 1, 2, 3
@@ -54,7 +42,10 @@ PASS = np.dtype(
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
                 "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores", "dkeys",
-                "dvalues", "base", "scale", "factor", "low",
+                "dvalues", "base", "scaled", "low",
+                # Of `loss`: how many classes at once; and for each row its norm's scale, the largest logit, by classes
+                # and so far, the first of these, the target's, and the sums over the others.
+                "classes", "scale", "tops", "top", "origin", "target", "others", "along",
             )
         ),
         ("given", np.bool_), ("backward", np.bool_), ("back_to_start", np.bool_),
@@ -180,7 +171,8 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
             along = plus(along, times(d, scaled))
             store(room, dread + here + c, left, times(d, by))
         if norm.scaled:
-            _scale_back(p, added(along) / scale, scale, row, True, room, hat)
+            at = row * p.d_model
+            scale_back(added(along) / scale, scale, room, hat + at, p.d_model, True, room, p.resid + at)
     _low_sum_back(p, replica, n_rows, own_z, dread, shared, own, room, gradients)
 
 
@@ -189,16 +181,6 @@ def _low_sum_back(p, replica, n_rows, own_z, dsum, shared, own, room, gradients)
     """From the gradient by what `_low_sum` made: that by the head's rank, dz, and by p.own_read."""
     linear_gradient(p.own_read, replica, room, own_z, room, dsum, n_rows, gradients)
     linear_back(p.own_read, replica, shared, own, room, dsum, n_rows, room, p.dz, False)
-
-
-@njit(**OPTIONS)
-def _scale_back(p, dscale, scale, row, add, room, of):
-    """The gradient by a row of the residual stream (+)= that by its scale (|row|^2 / d_model + eps)^(-1/2)."""
-    by = spread(-dscale * scale * scale * scale / number(p.d_model))
-    for c in range(row * p.d_model, (row + 1) * p.d_model, WIDTH):
-        left = min(WIDTH, (row + 1) * p.d_model - c)
-        y = times(load(room, of + c, left, ZERO), by)
-        store(room, p.resid + c, left, plus(load(room, p.resid + c, left, ZERO), y) if add else y)
 
 
 @njit(**OPTIONS)
@@ -281,45 +263,10 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
     normalize_back(layer.norm, room, p.narrow, n_all, p.d_model, room, layer.hat, layer.inverse, room, p.resid)
 
 
-@njit(**OPTIONS)
-def _loss(
-    p, layers, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room, others, away, along, gradients
-):  # fmt: skip
-    """From the residual stream in the room after all layers: the losses, and the gradient by it in its place."""
-    d, low = p.d_model, p.low == READOUT
-    if low:
-        _low_sum(p, replica, n_rows, z, mine, layers[0].z, shared, own, room, p.logits)
-    else:
-        normalize(p.final_norm, room, p.resid, n_rows, d, room, p.hat, p.inverse)
-        weigh(p.readout, replica, shared, own, room, p.hat, n_rows, room, p.logits, False)
-    for row in range(n_rows):
-        room[p.scale + row] = inverse_rms(p.final_norm, room, p.resid + row * d, d) if low else ONE
-        room[p.factor + row] = weights[at + row] * room[p.scale + row]
-    biases, bias = bias_of(p.readout, replica, shared, own)
-    softmax(
-        room[p.logits : p.logits + n_rows * p.n_classes], room[p.scale : p.scale + n_rows],
-        biases[bias : bias + p.n_classes], targets[at : at + n_rows], room[p.factor : p.factor + n_rows],
-        others[to : to + n_rows], away[to : to + n_rows], along,
-    )  # fmt: skip
-    if not p.backward:
-        return
-    if low:
-        for row in range(n_rows):
-            dscale = along[row] * weights[at + row] if p.final_norm.scaled else ZERO
-            _scale_back(p, dscale, room[p.scale + row], row, False, room, p.resid)
-        _low_sum_back(p, replica, n_rows, layers[0].z, p.logits, shared, own, room, gradients)
-        return
-    linear_gradient(p.readout, replica, room, p.hat, room, p.logits, n_rows, gradients)
-    linear_back(p.readout, replica, shared, own, room, p.logits, n_rows, room, p.narrow, False)
-    for c in range(n_rows * d):
-        room[p.resid + c] = ZERO
-    normalize_back(p.final_norm, room, p.narrow, n_rows, d, room, p.hat, p.inverse, room, p.resid)
-
-
 @kept
 def run(
     p, layers, scored, keys, some_keys, shared, own, x, resid, z, targets, weights,
-    room, others, away, along, gradients, dresid,
+    room, others, away, gradients, dresid,
 ):  # fmt: skip
     """The loss of every replica on its chain's examples, through all layers, and its gradients.
 
@@ -330,13 +277,14 @@ def run(
         resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
             after its attention, to which z, Float[replica, row, d_head], times p.before is added.
         targets, weights: [chain, row]. room: for everything between.
-        others, away: [replica, row], as `fused.softmax` tells them; along: room for as many rows as a block has.
+        others, away: [replica, row], as `loss` tells them.
         gradients: zeros, where those of weights are added. dresid: [replica, row, d_model], where p.back_to_start.
     """
     d, n_layers = p.d_model, len(layers)
     first_rows = p.n_scored if n_layers == 0 or (p.given and layers[0].some) else p.n_pos
     n_resid, n_scored = p.n_examples * first_rows * d, p.n_examples * p.n_scored
     each = len(resid) > p.n_chains * n_resid
+    own_z = layers[0].z if p.given else 0
     for chain in range(p.n_chains):
         for first in range(0, p.n_examples, p.at_once):
             n = min(p.at_once, p.n_examples - first)
@@ -346,7 +294,7 @@ def run(
             elif p.low == NEXT:
                 weigh(layers[1].rest, 0, shared, own, resid, start, n_first, room, p.base, False)
             elif p.low == READOUT:
-                weigh(p.readout, 0, shared, own, resid, start, n_first, room, p.base, False)
+                shared_logits(p, shared, own, resid, start, n_first, room)
             if p.given:
                 copy(x, (chain * p.n_examples + first) * p.n_pos * d, n * p.n_pos * d, room, layers[0].hat)
             for replica in range(chain, p.n_replicas, p.n_chains):
@@ -359,9 +307,9 @@ def run(
                     seen = some_keys if layers[i].some else keys
                     _forward(p, layers, i, replica, n, scored, seen, z, mine, shared, own, room)
                 at, to = chain * n_scored + first * p.n_scored, replica * n_scored + first * p.n_scored
-                _loss(
-                    p, layers, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room,
-                    others, away, along, gradients,
+                loss(
+                    p, p.low == READOUT, own_z, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room,
+                    others, away, gradients,
                 )  # fmt: skip
                 if not p.backward:
                     continue

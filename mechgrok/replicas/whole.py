@@ -46,11 +46,11 @@ class NetworkPotential(Blockwise):
         self._moved = tuple(component.masks)
         self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
         self._first = _first_layer(self._moved, model.cfg.n_layers)
-        self._compiled = self._compile() if compiled.why_not(self._net, precision) is None else None
+        self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
         self._kept = self._run(self._all()) if self._first is not None and kept <= self._memory else None
 
-    def _compile(self) -> "_Compiled":
+    def _compile(self, precision: Precision) -> "_Compiled":
         net, cfg = self._net, self._net.cfg
 
         def moves(*prefixes: str) -> bool:
@@ -58,7 +58,7 @@ class NetworkPotential(Blockwise):
 
         positions = ("pos_embed",) if cfg.positional_embedding_type == "shortformer" else ()
         return _Compiled(
-            compiled.Passes(net),
+            compiled.Passes(net, precision),
             [
                 None if moves(f"blocks.{layer}.", *positions) else compiled.layer_of(net, layer, net.frozen, False)
                 for layer in range(cfg.n_layers)

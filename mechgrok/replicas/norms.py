@@ -1,0 +1,76 @@
+"""Norms of rows and their gradients, as loops that numba compiles. All arrays are flat."""
+
+import numpy as np
+from numba import njit
+
+from mechgrok.replicas.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
+from mechgrok.replicas.products import ONE, OPTIONS, ZERO, copy, row_plus
+
+# x -> (x - mean x if centred) / sqrt(mean square + eps) if scaled; neither: x itself.
+NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_)], align=True)
+
+
+@njit(**OPTIONS)
+def normalize(norm, x, at, n_rows, n, hat, to, inverse):
+    """hat, from `to` on: the normalized rows of x; after them, from `inverse` on, 1 / root mean square of each."""
+    for row in range(n_rows):
+        start, end = at + row * n, to + row * n
+        copy(x, start, n, hat, end)
+        if norm.centred:
+            total = spread(ZERO)
+            for c in range(0, n, WIDTH):
+                total = plus(total, load(x, start + c, min(WIDTH, n - c), ZERO))
+            mean = spread(added(total) / number(n))
+            for c in range(0, n, WIDTH):
+                left = min(WIDTH, n - c)
+                store(hat, end + c, left, minus(load(x, start + c, left, ZERO), mean))
+        if norm.scaled:
+            by = inverse_rms(norm, hat, end, n)
+            hat[inverse + row] = by
+            for c in range(0, n, WIDTH):
+                left = min(WIDTH, n - c)
+                store(hat, end + c, left, times(load(hat, end + c, left, ZERO), spread(by)))
+
+
+@njit(**OPTIONS)
+def inverse_rms(norm, x, at, n):
+    """1 / root mean square of n numbers that are centred if the norm centres; 1 if it does not scale."""
+    if not norm.scaled:
+        return ONE
+    total = spread(ZERO)
+    for c in range(0, n, WIDTH):
+        y = load(x, at + c, min(WIDTH, n - c), ZERO)
+        total = plus(total, times(y, y))
+    return ONE / np.sqrt(added(total) / number(n) + norm.eps)
+
+
+@njit(**OPTIONS)
+def normalize_back(norm, dhat, at, n_rows, n, hat, of, inverse, dx, to):
+    """dx += inverse (dhat - mean dhat if centred - hat mean (dhat hat)) if scaled, else dhat."""
+    for row in range(n_rows):
+        start, here, end = at + row * n, of + row * n, to + row * n
+        if not norm.scaled:
+            row_plus(dhat, start, True, dx, end, n)
+            continue
+        total, inner = spread(ZERO), spread(ZERO)
+        for c in range(0, n, WIDTH):
+            left = min(WIDTH, n - c)
+            y = load(dhat, start + c, left, ZERO)
+            total = plus(total, y)
+            inner = plus(inner, times(y, load(hat, here + c, left, ZERO)))
+        mean = spread(added(total) / number(n) if norm.centred else ZERO)
+        along, by = spread(added(inner) / number(n)), spread(hat[inverse + row])
+        for c in range(0, n, WIDTH):
+            left = min(WIDTH, n - c)
+            y = minus(load(dhat, start + c, left, ZERO), plus(mean, times(load(hat, here + c, left, ZERO), along)))
+            store(dx, end + c, left, plus(load(dx, end + c, left, ZERO), times(y, by)))
+
+
+@njit(**OPTIONS)
+def scale_back(dscale, scale, x, at, n, add, dx, to):
+    """dx (+)= the gradient by a row of n numbers that comes by its scale (|x|^2 / n + eps)^(-1/2)."""
+    by = spread(-dscale * scale * scale * scale / number(n))
+    for c in range(0, n, WIDTH):
+        left = min(WIDTH, n - c)
+        y = times(load(x, at + c, left, ZERO), by)
+        store(dx, to + c, left, plus(load(dx, to + c, left, ZERO), y) if add else y)
