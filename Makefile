@@ -33,7 +33,7 @@ regression: .venv/installed
 
 # Seconds per draw beside devinterp, and how they grow: about 20 minutes.
 bench: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --write docs/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --engines mechgrok "mechgrok, bfloat16" --write docs/speed.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --write docs/scaling.md
 
 bench-job: .venv/installed

@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformer
 
 import mechgrok as mg
+from benchmarks.canonical_interp import canonical_draws
 from benchmarks.small_models import attention_only, modular_addition, planted_sequences
 from benchmarks.tables import written
-from mechgrok.llc.estimate import estimate_group, estimate_problem
+from mechgrok.llc.estimate import estimate_group, estimate_problem, estimates_of
 from mechgrok.llc.problem import make_problem
 from mechgrok.reproducible import reproducible
 from mechgrok.sampling.potential import ModulePotential
@@ -75,7 +76,7 @@ SHAPES = {
         language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 4,
     ),
 }  # fmt: skip
-ENGINES = ("mechgrok", "mechgrok, bfloat16", "plain path", "devinterp")
+ENGINES = ("mechgrok", "mechgrok, bfloat16", "plain path", "canonical-interp", "devinterp")
 
 
 def targets(model: HookedTransformer) -> list[str]:
@@ -106,6 +107,11 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
     }
 
 
+def offered(engine: str, target: str) -> bool:
+    """canonical-interp has no way to sample a head."""
+    return engine != "canonical-interp" or target == "model"
+
+
 def _estimates(
     model: HookedTransformer, data: Examples, target: str, engine: str, config: mg.LLCConfig
 ) -> list[LLCEstimate]:
@@ -116,7 +122,9 @@ def _estimates(
         return estimate_group(model, data, names, config=config, seed=0)
     if engine == "devinterp":
         return estimate_group(model, data, names[:1], config=config, seed=0)
-    problem = make_problem(model, data, names[0])
+    problem = make_problem(model, data, None if target == "model" else names[0])
+    if engine == "canonical-interp":
+        return estimates_of(problem, config, canonical_draws(problem, data, config), seed=0)
     potential = ModulePotential(model, problem.loss_fn, data.tensors, problem.component)
     plain = type(problem)(**(problem.__dict__ | {"potential": potential}))
     return [estimate_problem(plain, config, seed=0)]
@@ -137,7 +145,11 @@ def table(name: str, engines: list[str]) -> list[list[str]]:
         model, _ = shape.make(shape.n_train)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
         for target in targets(model):
-            found = {engine: in_its_own_process(["--row", name, target, engine, "--model", path]) for engine in engines}
+            found = {
+                engine: in_its_own_process(["--row", name, target, engine, "--model", path])
+                for engine in engines
+                if offered(engine, target)
+            }
             theirs = found["devinterp"]
             for engine, row in found.items():
                 apart = abs(row["llc"] - theirs["llc"]) / np.hypot(row["error"], theirs["error"])

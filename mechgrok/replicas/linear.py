@@ -4,11 +4,10 @@ All arrays are flat. A record, `MATRIX`, says where in them a map's numbers are 
 """
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
 from mechgrok.replicas.lanes import WIDTH, halves, load, pairs, store
-from mechgrok.replicas.products import OPTIONS, ZERO, padded, product, product_of_pairs, row_plus
+from mechgrok.replicas.products import ZERO, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
 # n_bias of them, used in turn; all in the array `own` if it moves, otherwise in `shared`. each: one after another for
@@ -28,7 +27,7 @@ def pairs_of(n: int) -> int:
     return (n + 1) // 2
 
 
-@njit(**OPTIONS)
+@loop
 def _halve(x, at, n_rows, n, out, to):
     """Each row's numbers as pairs of neighbours; zero is the last one's, if it has none."""
     for row in range(n_rows):
@@ -39,7 +38,7 @@ def _halve(x, at, n_rows, n, out, to):
             store(out, end + c // 2, pairs_of(left), halves(first, second))
 
 
-@njit(**OPTIONS)
+@loop
 def _pair_rows(x, at, n_rows, n, out, to):
     """Each two rows as one of pairs; zeros are the last one's, if it has none."""
     for row in range(0, n_rows, 2):
@@ -50,7 +49,7 @@ def _pair_rows(x, at, n_rows, n, out, to):
             store(out, end + c, left, pairs(load(x, start + c, left, ZERO), second))
 
 
-@njit(**OPTIONS)
+@loop
 def _by_packed(
     m, place, n_in, n_out, first_in, n_terms, first_out, n_lanes, replica, shared, own, x, at, n_rows, out, to, add
 ):  # fmt: skip
@@ -76,19 +75,19 @@ def _by_packed(
         )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@loop
 def weigh_some(m, first, n, replica, shared, own, x, at, n_rows, out, to, add):
     """out (+)= n columns of x W, from `first` on, a multiple of sixteen."""
     _by_packed(m, m.weight, m.n_in, m.n_out, 0, m.n_in, first, n, replica, shared, own, x, at, n_rows, out, to, add)
 
 
-@njit(**OPTIONS)
+@loop
 def weigh(m, replica, shared, own, x, at, n_rows, out, to, add):
     """out (+)= x W for n_rows rows."""
     weigh_some(m, 0, m.n_out, replica, shared, own, x, at, n_rows, out, to, add)
 
 
-@njit(**OPTIONS)
+@loop
 def linear(m, replica, shared, own, x, at, n_rows, out, to, add):
     """out (+)= x W + b for n_rows rows."""
     if m.n_bias > 0:
@@ -98,25 +97,25 @@ def linear(m, replica, shared, own, x, at, n_rows, out, to, add):
     weigh(m, replica, shared, own, x, at, n_rows, out, to, add or m.n_bias > 0)
 
 
-@njit(**OPTIONS)
+@loop
 def bias_of(m, replica, shared, own):
     """(array, where in it the replica's b begins)."""
     return own if m.moves else shared, m.bias + (replica * m.n_bias * m.n_out if m.each else 0)
 
 
-@njit(**OPTIONS)
+@loop
 def linear_back_some(m, first, n, replica, shared, own, dout, at, n_rows, dx, to, add):
     """dx (+)= dout W^T of n columns of dout, those of W from `first` on."""
     _by_packed(m, m.turned, m.n_out, m.n_in, first, n, 0, m.n_in, replica, shared, own, dout, at, n_rows, dx, to, add)
 
 
-@njit(**OPTIONS)
+@loop
 def linear_back(m, replica, shared, own, dout, at, n_rows, dx, to, add):
     """dx (+)= dout W^T."""
     linear_back_some(m, 0, m.n_out, replica, shared, own, dout, at, n_rows, dx, to, add)
 
 
-@njit(**OPTIONS)
+@loop
 def weight_gradient_some(m, first, n, replica, x, at, dout, of, n_rows, gradients):
     """Add x^T dout to n columns of the gradient of W from `first` on, if it is wanted."""
     if m.dweight < 0:
@@ -134,7 +133,7 @@ def weight_gradient_some(m, first, n, replica, x, at, dout, of, n_rows, gradient
         product(gradients, to, m.n_out, True, x, at, 1, m.n_in, dout, of, n, WIDTH, n_rows, m.n_in, n)
 
 
-@njit(**OPTIONS)
+@loop
 def linear_gradient(m, replica, x, at, dout, of, n_rows, gradients):
     """Add x^T dout and the sums of dout to where the gradients of W and b are wanted."""
     weight_gradient_some(m, 0, m.n_out, replica, x, at, dout, of, n_rows, gradients)

@@ -6,8 +6,6 @@ Once the sums over all classes are known, the gradient by a logit is its exponen
 these classes; the rows that the logits came from are multiplied by it, which are shorter. The order of loops is ours.
 """
 
-from numba import njit
-
 from mechgrok.replicas.fused import IN_CACHE, LOWEST
 from mechgrok.replicas.lanes import (
     LEAST,
@@ -28,17 +26,17 @@ from mechgrok.replicas.lanes import (
 )
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import ONE, OPTIONS, ZERO, copy, product
+from mechgrok.replicas.products import ONE, ZERO, copy, loop, product
 
 FARTHEST = number(-60)  # a largest logit farther below that of all classes counts as so far: e^60 is still a float32
 
 
-@njit(**OPTIONS)
+@loop
 def _power(x):
     return lane0(exp(spread(x)))
 
 
-@njit(**OPTIONS)
+@loop
 def shared_logits(p, shared, own, resid, start, n_rows, room):
     """What all heads of a chain share of their logits, as `loss` takes it: some classes of all rows after others."""
     for first in range(0, p.n_classes, p.classes):
@@ -46,7 +44,7 @@ def shared_logits(p, shared, own, resid, start, n_rows, room):
         weigh_some(p.readout, first, n, 0, shared, own, resid, start, n_rows, room, p.base + first * n_rows, False)
 
 
-@njit(**OPTIONS)
+@loop
 def _exponentials(p, first, n, n_rows, biases, bias, targets, at, room):
     """x of n classes -> exp(y - top), y = scale x + bias, top being the row's largest y so far; and the row's sums."""
     here, tops = p.logits + first * n_rows, p.tops + first // p.classes * n_rows
@@ -86,7 +84,7 @@ def _exponentials(p, first, n, n_rows, biases, bias, targets, at, room):
             room[p.top + row], room[p.others + row], room[p.along + row] = highest, others, along
 
 
-@njit(**OPTIONS)
+@loop
 def loss(
     p, low, own_z, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room, others, away, gradients
 ):  # fmt: skip
@@ -132,7 +130,7 @@ def loss(
     normalize_back(p.final_norm, room, p.narrow, n_rows, d, room, p.hat, p.inverse, room, p.resid)
 
 
-@njit(**OPTIONS)
+@loop
 def _settle(p, row, n_rows, total, moved, target, weight, biases, bias, room):
     """A row's sums are known: the derivative by its scale; what its exponentials are to be multiplied by; and the
     target's own, which together with it gives weight (p - 1).
@@ -150,7 +148,7 @@ def _settle(p, row, n_rows, total, moved, target, weight, biases, bias, room):
         room[tops] = weight * share * scale * less
 
 
-@njit(**OPTIONS)
+@loop
 def _classes_back(p, m, first, n_rows, replica, x, shared, own, room, gradients, dx):
     """What some classes add to the gradients of m and b_U, and to dx."""
     n, here, by = min(p.classes, p.n_classes - first), p.logits + first * n_rows, p.tops + first // p.classes * n_rows
@@ -164,7 +162,7 @@ def _classes_back(p, m, first, n_rows, replica, x, shared, own, room, gradients,
         product(gradients, to, n, True, room, by, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
 
 
-@njit(**OPTIONS)
+@loop
 def _rows_times(x, at, n_rows, n, by, add, out, to):
     """out (+)= each row of x times its own number, from `by` on."""
     for row in range(n_rows):

@@ -1,16 +1,15 @@
 """Norms of rows and their gradients, as loops that numba compiles. All arrays are flat."""
 
 import numpy as np
-from numba import njit
 
 from mechgrok.replicas.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
-from mechgrok.replicas.products import ONE, OPTIONS, ZERO, copy, row_plus
+from mechgrok.replicas.products import ONE, ZERO, copy, loop, row_plus
 
 # x -> (x - mean x if centred) / sqrt(mean square + eps) if scaled; neither: x itself.
 NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_)], align=True)
 
 
-@njit(**OPTIONS)
+@loop
 def normalize(norm, x, at, n_rows, n, hat, to, inverse):
     """hat, from `to` on: the normalized rows of x; after them, from `inverse` on, 1 / root mean square of each."""
     for row in range(n_rows):
@@ -32,7 +31,7 @@ def normalize(norm, x, at, n_rows, n, hat, to, inverse):
                 store(hat, end + c, left, times(load(hat, end + c, left, ZERO), spread(by)))
 
 
-@njit(**OPTIONS)
+@loop
 def inverse_rms(norm, x, at, n):
     """1 / root mean square of n numbers that are centred if the norm centres; 1 if it does not scale."""
     if not norm.scaled:
@@ -44,7 +43,7 @@ def inverse_rms(norm, x, at, n):
     return ONE / np.sqrt(added(total) / number(n) + norm.eps)
 
 
-@njit(**OPTIONS)
+@loop
 def normalize_back(norm, dhat, at, n_rows, n, hat, of, inverse, dx, to):
     """dx += inverse (dhat - mean dhat if centred - hat mean (dhat hat)) if scaled, else dhat."""
     for row in range(n_rows):
@@ -66,7 +65,7 @@ def normalize_back(norm, dhat, at, n_rows, n, hat, of, inverse, dx, to):
             store(dx, end + c, left, plus(load(dx, end + c, left, ZERO), times(y, by)))
 
 
-@njit(**OPTIONS)
+@loop
 def scale_back(dscale, scale, x, at, n, add, dx, to):
     """dx (+)= the gradient by a row of n numbers that comes by its scale (|x|^2 / n + eps)^(-1/2)."""
     by = spread(-dscale * scale * scale * scale / number(n))

@@ -6,14 +6,13 @@ All arrays are flat; `LAYER` and `PASS` are records that say where in them the n
 """
 
 import numpy as np
-from numba import njit
 
 from mechgrok.replicas.fused import attention, attention_backward, kept
 from mechgrok.replicas.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
 from mechgrok.replicas.linear import MATRIX, bias_of, linear, linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import OPTIONS, ZERO, copy
+from mechgrok.replicas.products import ZERO, copy, loop
 
 # What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
 MLP, NEXT, READOUT = 1, 2, 3
@@ -54,7 +53,7 @@ PASS = np.dtype(
 )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@loop
 def _rows_at(x, at, n_examples, n_pos, positions, n, out, to):
     """The rows of these positions of each example, one after another; out may be x itself from the same place on."""
     for example in range(n_examples):
@@ -63,7 +62,7 @@ def _rows_at(x, at, n_examples, n_pos, positions, n, out, to):
             copy(x, at + (example * n_pos + positions[i]) * n, n, out, to + row * n)
 
 
-@njit(**OPTIONS)
+@loop
 def _rows_back(x, at, n_examples, n_pos, positions, n):
     """Put the rows of x back to their positions in place, and 0 to all others."""
     nothing = spread(ZERO)
@@ -79,7 +78,7 @@ def _rows_back(x, at, n_examples, n_pos, positions, n):
                     store(x, to + c, min(WIDTH, n - c), nothing)
 
 
-@njit(**OPTIONS)
+@loop
 def _attend(p, layer, n_examples, n_keys, room):
     """z of all heads from q, k, v in the room."""
     width, n_queries = layer.n_heads * layer.d_head, len(n_keys)
@@ -94,7 +93,7 @@ def _attend(p, layer, n_examples, n_keys, room):
     )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@loop
 def _attend_back(p, layer, n_examples, n_keys, room):
     """dq, dk, dv in the wide room from dz in the narrow one; dq of its own after them."""
     width, n_queries = layer.n_heads * layer.d_head, len(n_keys)
@@ -112,7 +111,7 @@ def _attend_back(p, layer, n_examples, n_keys, room):
     )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@loop
 def _read(p, layer, replica, n_examples, scored, shared, own, room):
     """q, k and v from the normalized rows."""
     linear(layer.rest, replica, shared, own, room, layer.hat, n_examples * p.n_pos, room, layer.rest_at, False)
@@ -121,7 +120,7 @@ def _read(p, layer, replica, n_examples, scored, shared, own, room):
         linear(layer.q, replica, shared, own, room, p.narrow, n_examples * len(scored), room, layer.q_at, False)
 
 
-@njit(**OPTIONS)
+@loop
 def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
     """Of what reads, from dq, dk, dv in the wide room."""
     n_rows = n_examples * p.n_pos
@@ -132,7 +131,7 @@ def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
         linear_gradient(layer.q, replica, room, p.narrow, room, dq, n_examples * len(scored), gradients)
 
 
-@njit(**OPTIONS)
+@loop
 def _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to):
     """base + z p.before_read + own_z p.own_read, base being the same for all heads of a chain: what reads the residual
     stream sees, but for the norm's scale, of a head that moved it, through that head's rank.
@@ -142,7 +141,7 @@ def _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to):
     linear(p.own_read, replica, shared, own, room, own_z, n_rows, room, to, True)
 
 
-@njit(**OPTIONS)
+@loop
 def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared, own, room, to):
     """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows."""
     copy(room, p.resid, n_rows * p.d_model, room, hat)
@@ -157,7 +156,7 @@ def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared,
             store(room, here + c, left, plus(y, load(biases, bias + c, left, ZERO)))
 
 
-@njit(**OPTIONS)
+@loop
 def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread, shared, own, room, gradients):
     """From the gradient by what m read: dz by the head's rank, and what the scale adds to the residual stream's."""
     biases, start = bias_of(m, replica, shared, own)
@@ -176,14 +175,14 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
     _low_sum_back(p, replica, n_rows, own_z, dread, shared, own, room, gradients)
 
 
-@njit(**OPTIONS)
+@loop
 def _low_sum_back(p, replica, n_rows, own_z, dsum, shared, own, room, gradients):
     """From the gradient by what `_low_sum` made: that by the head's rank, dz, and by p.own_read."""
     linear_gradient(p.own_read, replica, room, own_z, room, dsum, n_rows, gradients)
     linear_back(p.own_read, replica, shared, own, room, dsum, n_rows, room, p.dz, False)
 
 
-@njit(**OPTIONS)
+@loop
 def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared, own, room):
     """The residual stream in the room, before layer i -> after it."""
     layer, own_z = layers[i], layers[0].z
@@ -217,7 +216,7 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared,
     linear(layer.mlp_out, replica, shared, own, room, layer.active, n_rows, room, p.resid, True)
 
 
-@njit(**OPTIONS)
+@loop
 def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, room, gradients):
     """The gradient by the residual stream in the room, after layer i -> before it, if anything asks; and by weights."""
     layer, own_z = layers[i], layers[0].z

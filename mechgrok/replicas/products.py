@@ -1,9 +1,9 @@
 """Matrix products of a few rows at a time, as loops that numba compiles. All arrays are flat."""
 
+from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-from numba.extending import register_jitable
+from numba.extending import overload, register_jitable
 
 from mechgrok.replicas.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
 
@@ -12,12 +12,25 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"
 ZERO, ONE = number(0), number(1)
 
 
+def loop(function: Callable[..., Any]) -> Any:
+    """Make it callable in compiled loops, and compiled once: `njit` by itself would compile it anew for every
+    combination of arguments that are literals where it is called.
+    """
+
+    def called(*_: Any) -> None:
+        raise TypeError(f"{function.__name__} is for compiled loops alone")
+
+    options: Any = OPTIONS
+    overload(called, jit_options=options, strict=False)(lambda *_: function)
+    return called
+
+
 def _product_by(into: Any) -> Any:
     """A product whose every term is added by `into`."""
     # Eight rows times 32 lanes are the most sums that AVX-512's registers hold.
     wide, narrow, wide_row, narrow_row = (tile(into, rows, groups) for rows in (8, 1) for groups in (2, 1))
 
-    @njit(**OPTIONS)
+    @loop
     def made(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
         many = n_rows // 8 * 8
         for lane in range(0, n_lanes, 2 * WIDTH):
@@ -63,7 +76,7 @@ def padded(n: int) -> int:
     return (n + WIDTH - 1) // WIDTH * WIDTH
 
 
-@njit(**OPTIONS)
+@loop
 def row_plus(x, at, add, out, to, n):
     """out (+)= x, n numbers."""
     for c in range(0, n, WIDTH):
@@ -72,7 +85,7 @@ def row_plus(x, at, add, out, to, n):
         store(out, to + c, left, plus(load(out, to + c, left, ZERO), y) if add else y)
 
 
-@njit(**OPTIONS)
+@loop
 def copy(x, at, n, out, to):
     """out = x, n numbers."""
     row_plus(x, at, False, out, to, n)
