@@ -16,6 +16,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from benchmarks.small_models import attention_only, planted_sequences
+from benchmarks.speed import SHAPES
 from benchmarks.tables import asked_target, written
 from mechgrok.llc.problem import GROUP
 from mechgrok.replicas.heads import LayerHeads
@@ -42,30 +43,43 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
     return best
 
 
-def per_head(layer: int, **shape: int) -> tuple[float, float]:
+def per_head(network: HookedTransformer, data: Examples, layer: int, batch: int = BATCH) -> tuple[float, float]:
     """(CPU seconds, the floor) of one head's step in one chain."""
-    network, data = model(**shape)
     n_heads = network.cfg.n_heads  # of which as many are sampled together as a run does
     potential = LayerHeads(network, data, layer, range(min(n_heads, GROUP)), memory=2e9)
     theta = potential.anchor.repeat_interleave(N_CHAINS, 0)
-    index = torch.randint(len(data), (N_CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    index = torch.randint(len(data), (N_CHAINS, batch), generator=torch.Generator().manual_seed(0))
     with matmul_precision("float32"):
         spent = seconds(lambda: potential.losses_and_grad(theta, index)) / len(theta)
-        return spent, floor(network, layer)
+        return spent, floor(network, data, layer, batch)
 
 
-def floor(network: HookedTransformer, layer: int) -> float:
-    cfg, rows = network.cfg, BATCH * 64
-    wide, rank, scores = cfg.n_heads * cfg.d_head, cfg.d_head, BATCH * 64 * 65 / 2  # what causality allows
-    macs = 2 * rows * cfg.d_model * 3 * rank + 6 * scores * rank  # q, k, v and their weights; the head's attention
-    exponentials = scores + rows * cfg.d_vocab
-    if layer == cfg.n_layers - 1:
-        # shared logits, what the head was, what it is, and the gradients by z and by W_O W_U
-        macs += rows * cfg.d_vocab * (cfg.d_model / min(cfg.n_heads, GROUP) + 4 * rank)
+def floor(network: HookedTransformer, data: Examples, layer: int, batch: int) -> float:
+    """Of attention-only models, and of models with one layer."""
+    cfg, n_pos, n_scored = network.cfg, data.tokens.shape[1], data.tensors[1].shape[1]
+    rows, scored, n_later = batch * n_pos, batch * n_scored, cfg.n_layers - 1 - layer
+    wide, rank = cfg.n_heads * cfg.d_head, cfg.d_head
+    queries = scored if n_later == 0 else rows
+    scores = batch * (n_pos * (n_pos + 1) - (n_pos - n_scored) * (n_pos - n_scored + 1)) / 2  # causality allows no more
+    if n_later > 0:
+        scores = batch * n_pos * (n_pos + 1) / 2
+
+    def read(n_rows: int, width: int) -> float:
+        """What reads the residual stream, forwards and back: as it is; or what the layer's heads share of it once, and
+        then what the head was, what it is, and the gradients by z and by W_O W.
+        """
+        return n_rows * width * min(2 * cfg.d_model, cfg.d_model / min(cfg.n_heads, GROUP) + 4 * rank)
+
+    macs = 2 * cfg.d_model * rank * (queries + 2 * rows) + 6 * scores * rank  # q, k, v and their weights; attention
+    exponentials = scores * (1 + n_later * cfg.n_heads) + scored * cfg.d_vocab_out
+    readout = 2 * scored * cfg.d_model * cfg.d_vocab_out
+    if not cfg.attn_only:
+        macs += read(queries, int(cfg.d_mlp or 0)) + 2 * queries * (cfg.d_mlp or 0) * cfg.d_model + readout
+    elif n_later == 0:
+        macs += read(scored, cfg.d_vocab_out)
     else:
-        n_later = cfg.n_layers - 1 - layer
-        macs += 2 * rows * cfg.d_model * (rank + n_later * 4 * wide + cfg.d_vocab) + n_later * 6 * scores * wide
-        exponentials += n_later * scores * cfg.n_heads
+        macs += read(rows, 3 * wide) + 2 * rows * wide * cfg.d_model + readout
+        macs += (n_later - 1) * 2 * rows * 4 * wide * cfg.d_model + n_later * 6 * scores * wide
     return 2 * macs / product_rate() + exponentials * exponential_time()
 
 
@@ -98,9 +112,9 @@ def steps_done(duration: float) -> int:
 COLUMNS = ("heads in a layer", "layer", "ms per head and step", "floor", "times the floor")
 
 
-def row(n_heads: int, measured: tuple[float, float], layer: int) -> list[str]:
-    spent, least = measured
-    found = [str(n_heads), str(layer), f"{1e3 * spent:.2f}", f"{1e3 * least:.2f}", f"{spent / least:.1f}"]
+def row(network: HookedTransformer, data: Examples, layer: int, batch: int = BATCH) -> list[str]:
+    spent, least = per_head(network, data, layer, batch)
+    found = [str(network.cfg.n_heads), str(layer), f"{1e3 * spent:.2f}", f"{1e3 * least:.2f}", f"{spent / least:.1f}"]
     print(*found, flush=True)
     return found
 
@@ -109,10 +123,12 @@ def main() -> None:
     target = asked_target()
     start = time.time()
     torch.set_num_threads(1)
-    rows = [row(n_heads, per_head(1, n_heads=n_heads), 1) for n_heads in (4, 8, 16, 32, 64)]
-    rows += [row(n_heads, per_head(0, n_heads=n_heads), 0) for n_heads in (4, 16)]
+    rows = [row(*model(n_heads=n_heads), 1) for n_heads in (4, 8, 16, 32, 64)]
+    rows += [row(*model(n_heads=n_heads), 0) for n_heads in (4, 16)]
     deep = {"n_layers": 12, "n_heads": 12, "d_model": 96, "d_head": 8}
-    layers = [row(12, per_head(layer, **deep), layer) for layer in (0, 5, 11)]
+    layers = [row(*model(**deep), layer) for layer in (0, 5, 11)]
+    addition = [row(*SHAPES["modular-addition"].make(0), 0, 128)]
+    paper = [row(*SHAPES["paper"].make(0), layer) for layer in (1, 0)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         alone = sum(pool.map(steps_done, [15.0]))
         together = sum(pool.map(steps_done, [15.0, 15.0]))
@@ -127,6 +143,8 @@ def main() -> None:
             COLUMNS,
             layers,
         ),
+        (SHAPES["modular-addition"].describe, COLUMNS, addition),
+        (SHAPES["paper"].describe, COLUMNS, paper),
         (
             "Processes",
             ("processes", "steps in 15 s", "times one"),
