@@ -13,6 +13,7 @@ without observables and with one baseline batch.
 import argparse
 import json
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,9 +139,11 @@ def _estimates(
     return [estimate_problem(plain, config, seed=0)]
 
 
-def in_its_own_process(arguments: list[str]) -> dict[str, float]:
+def in_its_own_process(arguments: list[str]) -> dict[str, float] | None:
     command = [sys.executable, "-m", "benchmarks.speed", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL and "canonical-interp" in arguments:
+        return None  # out of memory: it vmaps whole models, and the rest of the table is of use without it
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -160,6 +163,9 @@ def table(name: str, engines: list[str]) -> list[list[str]]:
             }
             theirs = found["devinterp"]
             for engine, row in found.items():
+                if row is None:
+                    rows.append([target, engine, "killed: out of memory", *[""] * (len(COLUMNS) - 3)])
+                    continue
                 apart = abs(row["llc"] - theirs["llc"]) / np.hypot(row["error"], theirs["error"])
                 rows.append([
                     target, engine, f"{1e3 * row['per draw']:.2f}", f"{1e3 * row['per effective']:.1f}",

@@ -17,8 +17,8 @@ from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
 
 ROWS = 64  # of the residual stream at once, or those of one example if it has more
-# Logits at once: with as many weights they stay in a core's second cache. Not a power of two: the columns of 128 rows of
-# 256 would fall on the same few lines of the first.
+# Logits at once: with as many weights they stay in a core's second cache. Not a power of two: the columns of 128 rows
+# of 256 would fall on the same few lines of the first.
 LOGITS = 30720
 LARGEST = 2**22  # numbers that a block may have of one kind: more would not stay in a processor's last cache
 
