@@ -8,6 +8,7 @@ It samples whole models alone, all chains in one vmapped, compiled call on one b
 """
 
 import logging
+import time
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from mechgrok.sampling.chains import Draws
 from mechgrok.types import Examples
 
 
-def canonical_draws(problem: Problem, data: Examples, config: LLCConfig) -> Draws:
-    """Its draws. Every scored position must weigh the same, as its loss knows of no weights."""
+def canonical_draws(problem: Problem, data: Examples, config: LLCConfig) -> tuple[Draws, float]:
+    """Its draws, and CPU seconds of a step, from step to step: it compiles anew in each call, for much longer than it
+    samples. Every scored position must weigh the same, as its loss knows of no weights.
+    """
     from canonical_interp.slt import LLCEstimator
 
     tokens, targets, weights = data.tensors
@@ -31,6 +34,12 @@ def canonical_draws(problem: Problem, data: Examples, config: LLCConfig) -> Draw
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits[:, -n_scored:].flatten(0, 1), target.flatten())
 
+    clock: list[float] = []
+
+    def unpack(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        clock.append(time.process_time())
+        return batch[0], batch[1]
+
     for block in problem.module.blocks:
         block.attn.attn_scale = float(block.attn.attn_scale)  # a NumPy number, which torch.compile cannot follow
     logging.getLogger("canonical_interp.slt").setLevel(logging.ERROR)  # its advice on settings, and on GPUs
@@ -39,7 +48,9 @@ def canonical_draws(problem: Problem, data: Examples, config: LLCConfig) -> Draw
         learning_rate=config.step_size, localization=config.localization, nbeta=config.nbeta,
     )  # fmt: skip
     loader = DataLoader(TensorDataset(tokens, targets), batch_size=config.batch_size, shuffle=True, drop_last=True)
-    estimator.estimate_llc(problem.module, loader, loss, seed=0, show_progress=False)
+    estimator.estimate_llc(problem.module, loader, loss, seed=0, show_progress=False, unpack_fn=unpack)
     losses = estimator.array_log_l.double()
     ones = torch.ones(config.n_chains, dtype=torch.float64)
-    return Draws(losses=losses, index=None, theta=torch.empty(0), acceptance=ones, observed=[])
+    draws = Draws(losses=losses, index=None, theta=torch.empty(0), acceptance=ones, observed=[])
+    half = config.n_draws // 2  # the first steps compile too
+    return draws, (clock[-1] - clock[-1 - half]) / half

@@ -91,22 +91,29 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
     """One row: few draws, to know what does not grow with them, and many, after a first time, which may compile."""
     few, estimates = 8, []
 
-    def seconds(n_draws: int) -> float:
-        config = mg.LLCConfig(
+    def settings(n_draws: int) -> mg.LLCConfig:
+        return mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=0,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
             precision="bfloat16" if "bfloat16" in engine else "float32",
         )  # fmt: skip
+
+    def seconds(n_draws: int) -> float:
         start = time.process_time()
         with reproducible(1):
-            estimates[:] = _estimates(model, data, target, engine, config)
+            estimates[:] = _estimates(model, data, target, engine, settings(n_draws))
         return time.process_time() - start
 
-    if shape.n_times > 1:
-        seconds(few)
-    least = [min(seconds(n_draws) for _ in range(shape.n_times)) for n_draws in (few, few + shape.n_draws)]
+    if engine == "canonical-interp":
+        problem, config = make_problem(model, data, None), settings(few + shape.n_draws)
+        draws, per_step = canonical_draws(problem, data, config)
+        estimates, per_draw = estimates_of(problem, config, draws, seed=0), per_step / 4
+    else:
+        if shape.n_times > 1:
+            seconds(few)
+        least = [min(seconds(n_draws) for _ in range(shape.n_times)) for n_draws in (few, few + shape.n_draws)]
+        per_draw = (least[1] - least[0]) / (4 * shape.n_draws * len(estimates))
     first = estimates[0]
-    per_draw = (least[1] - least[0]) / (4 * shape.n_draws * len(estimates))
     return {
         "per draw": per_draw,
         "per effective": per_draw * first.losses.size / first.health.ess,
@@ -132,8 +139,6 @@ def _estimates(
     if engine == "devinterp":
         return estimate_group(model, data, names[:1], config=config, seed=0)
     problem = make_problem(model, data, None if target == "model" else names[0])
-    if engine == "canonical-interp":
-        return estimates_of(problem, config, canonical_draws(problem, data, config), seed=0)
     potential = ModulePotential(model, problem.loss_fn, data.tensors, problem.component)
     plain = type(problem)(**(problem.__dict__ | {"potential": potential}))
     return [estimate_problem(plain, config, seed=0)]
