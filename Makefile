@@ -31,7 +31,7 @@ regression: .venv/installed
 	$(BIN)/mechgrok run modular-addition-quick --out runs/regression
 	$(BIN)/mechgrok check runs/regression --against tests/baseline.json
 
-# Seconds per draw beside devinterp, and how they grow: about 20 minutes.
+# Seconds per draw beside devinterp, and how they grow: about 40 minutes.
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --engines mechgrok "mechgrok, bfloat16" --write docs/speed.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --write docs/scaling.md

@@ -59,10 +59,9 @@ def floor(network: HookedTransformer, data: Examples, layer: int, batch: int) ->
     cfg, n_pos, n_scored = network.cfg, data.tokens.shape[1], data.tensors[1].shape[1]
     rows, scored, n_later = batch * n_pos, batch * n_scored, cfg.n_layers - 1 - layer
     wide, rank = cfg.n_heads * cfg.d_head, cfg.d_head
-    queries = scored if n_later == 0 else rows
-    scores = batch * (n_pos * (n_pos + 1) - (n_pos - n_scored) * (n_pos - n_scored + 1)) / 2  # causality allows no more
-    if n_later > 0:
-        scores = batch * n_pos * (n_pos + 1) / 2
+    n_queries = n_scored if n_later == 0 else n_pos
+    queries, unread = batch * n_queries, n_pos - n_queries
+    scores = batch * (n_pos * (n_pos + 1) - unread * (unread + 1)) / 2  # causality allows no more
 
     def read(n_rows: int, width: int) -> float:
         """What reads the residual stream, forwards and back: as it is; or what the layer's heads share of it once, and
@@ -127,7 +126,7 @@ def main() -> None:
     rows += [row(*model(n_heads=n_heads), 0) for n_heads in (4, 16)]
     deep = {"n_layers": 12, "n_heads": 12, "d_model": 96, "d_head": 8}
     layers = [row(*model(**deep), layer) for layer in (0, 5, 11)]
-    addition = [row(*SHAPES["modular-addition"].make(0), 0, 128)]
+    addition = [row(*SHAPES["modular-addition"].make(0), 0, int(SHAPES["modular-addition"].settings["batch_size"]))]
     paper = [row(*SHAPES["paper"].make(0), layer) for layer in (1, 0)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         alone = sum(pool.map(steps_done, [15.0]))

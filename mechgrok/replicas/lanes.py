@@ -220,11 +220,15 @@ def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.and_(builder.add(bits, builder.add(odd, _all(0x7FFF, INTS))), _all(-0x10000, INTS))
 
 
+def _pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    low = builder.lshr(_rounded(builder, x), _all(_HALF, INTS))
+    return builder.bitcast(builder.or_(low, _rounded(builder, y)), FLOATS)
+
+
 @_operation(lanes)
 def pairs(builder, x, y):
     """Each lane of x and the same of y, rounded to bfloat16, as one lane."""
-    low = builder.lshr(_rounded(builder, x), _all(_HALF, INTS))
-    return builder.bitcast(builder.or_(low, _rounded(builder, y)), FLOATS)
+    return _pairs(builder, x, y)
 
 
 @_operation(lanes)
@@ -233,8 +237,7 @@ def halves(builder, x, y):
     if HAS_BFLOAT16:
         return builder.bitcast(_call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, y, x), FLOATS)
     even, odd = (builder.shuffle_vector(x, y, ir.Constant(INTS, list(range(first, 2 * WIDTH, 2)))) for first in (0, 1))
-    low = builder.lshr(_rounded(builder, even), _all(_HALF, INTS))
-    return builder.bitcast(builder.or_(low, _rounded(builder, odd)), FLOATS)
+    return _pairs(builder, even, odd)
 
 
 def into_dots(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:

@@ -25,39 +25,40 @@ def loop(function: Callable[..., Any]) -> Any:
     return called
 
 
+def _strip_by(into: Any, n_groups: int) -> Any:
+    """A product of no more lanes than n_groups times sixteen, the last of which there are n of."""
+    eight, one = (tile(into, rows, n_groups) for rows in (8, 1))
+
+    @loop
+    def strip(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n):
+        many = n_rows // 8 * 8
+        for r in range(0, many, 8):
+            eight(
+                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                x, of, x_term, x_group, n_terms, n,
+            )  # fmt: skip
+        for r in range(many, n_rows):
+            one(
+                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                x, of, x_term, x_group, n_terms, n,
+            )  # fmt: skip
+
+    return strip
+
+
 def _product_by(into: Any) -> Any:
     """A product whose every term is added by `into`."""
-    # Eight rows times 32 lanes are the most sums that AVX-512's registers hold.
-    wide, narrow, wide_row, narrow_row = (tile(into, rows, groups) for rows in (8, 1) for groups in (2, 1))
+    wide, narrow = _strip_by(into, 2), _strip_by(into, 1)  # eight rows of 32 sums are what AVX-512's registers hold
 
     @loop
     def made(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
-        many = n_rows // 8 * 8
         for lane in range(0, n_lanes, 2 * WIDTH):
             n, here, group = n_lanes - lane, to + lane, of + lane // WIDTH * x_group
-            last = min(WIDTH, n - WIDTH)
             if n > WIDTH:
-                for r in range(0, many, 8):
-                    wide(
-                        out, here + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
-                        x, group, x_term, x_group, n_terms, last,
-                    )  # fmt: skip
-                for r in range(many, n_rows):
-                    wide_row(
-                        out, here + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
-                        x, group, x_term, x_group, n_terms, last,
-                    )  # fmt: skip
+                last = min(WIDTH, n - WIDTH)
+                wide(out, here, out_row, add, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, last)
             else:
-                for r in range(0, many, 8):
-                    narrow(
-                        out, here + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
-                        x, group, x_term, x_group, n_terms, n,
-                    )  # fmt: skip
-                for r in range(many, n_rows):
-                    narrow_row(
-                        out, here + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
-                        x, group, x_term, x_group, n_terms, n,
-                    )  # fmt: skip
+                narrow(out, here, out_row, add, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, n)
 
     return made
 
