@@ -33,12 +33,14 @@ class Blockwise(ABC):
         self._memory = memory / self._weights.element_size() / 2  # in numbers
 
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        losses, gradient = [], torch.zeros_like(theta)
+        losses, gradient = [], None
         for block in self._blocks(len(theta), index):
             leaf = theta.detach().requires_grad_()
             found, total = self._evaluate(leaf, block)
-            gradient += torch.autograd.grad(total.sum() / index.shape[1], leaf)[0]
+            (own,) = torch.autograd.grad(total.sum() / index.shape[1], leaf)
+            gradient = own if gradient is None else gradient.add_(own)
             losses.append(found)
+        assert gradient is not None  # there is a block
         return torch.cat(losses, dim=1), gradient
 
     @torch.no_grad()

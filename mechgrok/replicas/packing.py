@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mechgrok.replicas.lanes import WIDTH
+from mechgrok.replicas.fused import kept
+from mechgrok.replicas.lanes import WIDTH, load, pairs, store, turn
 from mechgrok.replicas.linear import pairs_of
-from mechgrok.replicas.products import padded
+from mechgrok.replicas.products import ZERO, padded
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,30 @@ class Packed:
     def __init__(self, linears: Sequence[Linear], n: int = 1, half: bool = False):
         self._linears, self._size = linears, 0
         self.places: dict[int, dict[str, int]] = {}
-        parts: list[tuple[int, Tensor, bool]] = []
+        weights: list[tuple[int, Tensor, bool]] = []
+        biases: list[tuple[int, Tensor]] = []
         for linear in linears:
             place = self.places[id(linear)] = {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)}
             weight = linear.weight.detach()
-            weight = weight if len(weight) > 1 else weight.expand(n, -1, -1)
-            wanted = {"weight": weight} | ({"turned": weight.transpose(1, 2)} if linear.back else {})
-            for name, matrix in wanted.items():
-                matrix = _in_pairs(matrix) if half else matrix
-                place[name] = self._next(len(matrix) * matrix.shape[1] * padded(matrix.shape[2]))
-                parts.append((place[name], matrix, True))
+            weight, (_, n_in, n_out) = weight if len(weight) > 1 else weight.expand(n, -1, -1), weight.shape
+            wanted = {"weight": (n_in, n_out)} | ({"turned": (n_out, n_in)} if linear.back else {})
+            for name, (height, n_lanes) in wanted.items():
+                place[name] = self._next(len(weight) * (pairs_of(height) if half else height) * padded(n_lanes))
+                weights.append((place[name], weight, name == "turned"))
             if linear.bias is not None:
                 bias = linear.bias.detach()
                 bias = bias if len(bias) > 1 else bias.expand(len(weight), -1, -1)
                 place["bias"] = self._next(padded(bias.numel()))
-                parts.append((place["bias"], bias, False))
+                biases.append((place["bias"], bias))
         self.flat = torch.empty(self._size + WIDTH)
-        for at, part, in_columns in parts:
-            if in_columns:
-                _lay_out(part, self.flat[at:])
-            else:
-                self.flat[at : at + part.numel()].view(part.shape).copy_(part)
+        room = np.zeros(WIDTH * WIDTH, np.float32)
+        for at, weight, turned in weights:
+            numbers, apart = _flat(weight)
+            _lay_out(
+                numbers.numpy(), len(weight), apart, *weight.shape[1:], turned, half, room, self.flat[at:].numpy()
+            )  # fmt: skip
+        for at, bias in biases:
+            self.flat[at : at + bias.numel()].view(bias.shape).copy_(bias)
 
     def holds(self, linears: Sequence[Linear]) -> bool:
         """Whether it is of these very ones."""
@@ -68,23 +73,41 @@ class Packed:
         return at
 
 
-def _in_pairs(matrix: Tensor) -> Tensor:
-    """Float[n, n_in, n_out] -> [n, n_in / 2, n_out], the bits of two bfloat16s in each number."""
-    n, n_in, n_out = matrix.shape
-    rounded = matrix.new_zeros(n, pairs_of(n_in), n_out, 2, dtype=torch.bfloat16)
-    rounded[..., 0].copy_(matrix[:, ::2])
-    rounded[:, : n_in // 2, :, 1].copy_(matrix[:, 1::2])
-    return rounded.view(torch.float32).squeeze(-1)
+@kept
+def _lay_out(matrices, n, apart, n_rows, n_columns, turned, half, room, out):
+    """Each of n matrices, `apart` from one another, or its transpose: sixteen columns, and the next sixteen after them.
+
+    The columns left over at the end are never read. half: each two rows of it, or of the transpose, as one of pairs of
+    bfloat16s; zeros are the last one's, if it has none. room: for 256 numbers.
+    """
+    height, n_lanes = (n_columns, n_rows) if turned else (n_rows, n_columns)
+    to = 0
+    for matrix in range(n):
+        for lane in range(0, n_lanes, WIDTH):
+            left = min(WIDTH, n_lanes - lane)
+            for first in range(0, height, WIDTH):
+                there = min(WIDTH, height - first)
+                taken, begin = (room, 0) if half else (out, to)
+                if turned:
+                    turn(matrices, matrix * apart + lane * n_columns + first, n_columns, left, there, taken, begin)
+                else:
+                    at = matrix * apart + first * n_columns + lane
+                    for row in range(there):
+                        some = load(matrices, at + row * n_columns, left, ZERO)
+                        store(taken, begin + row * WIDTH, WIDTH, some)
+                if half:
+                    for row in range(0, there, 2):
+                        other = load(room, (row + 1) * WIDTH, WIDTH if row + 1 < there else 0, ZERO)
+                        store(out, to + row // 2 * WIDTH, WIDTH, pairs(load(room, row * WIDTH, WIDTH, ZERO), other))
+                to += (pairs_of(there) if half else there) * WIDTH
 
 
-def _lay_out(matrix: Tensor, out: Tensor) -> None:
-    """Float[n, n_in, n_out] -> [n, sixteen columns, n_in, 16]; the columns left over at the end are never read."""
-    n, n_in, n_out = matrix.shape
-    whole = n_out // WIDTH
-    place = out[: n * n_in * padded(n_out)].view(n, -1, n_in, WIDTH)
-    place[:, :whole].copy_(matrix[:, :, : whole * WIDTH].unflatten(2, (whole, WIDTH)).transpose(1, 2))
-    if rest := n_out % WIDTH:
-        place[:, whole, :, :rest].copy_(matrix[:, :, whole * WIDTH :])
+def _flat(weight: Tensor) -> tuple[Tensor, int]:
+    """(all numbers from the first on, how far each matrix begins from the one before), copied only if it must be."""
+    if not weight[0].is_contiguous():
+        weight = weight.contiguous()
+    n, apart = len(weight), weight.stride(0)
+    return weight.as_strided(((n - 1) * apart + weight[0].numel(),), (1,)), apart
 
 
 def fill(record: Any, linear: Linear | None, places: Mapping[int, dict[str, int]]) -> None:
