@@ -138,15 +138,22 @@ def evaluate(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[F
 
 def blocks(model: HookedTransformer, examples: Examples) -> Iterator[tuple[Tensor, ...]]:
     """`examples.tensors` on the model's device, `at_once` at a time."""
+    tensors = examples.tensors
+    for rows in shares(model, examples):
+        yield tuple(tensor[rows].to(model.W_E.device) for tensor in tensors)
+
+
+def shares(model: HookedTransformer, examples: Examples) -> Iterator[slice]:
+    """The rows of each block, `at_once` of them."""
     n = at_once(model, examples)
-    for block in zip(*(tensor.split(n) for tensor in examples.tensors), strict=True):
-        yield tuple(tensor.to(model.W_E.device) for tensor in block)
+    return (slice(first, first + n) for first in range(0, len(examples), n))
 
 
 def at_once(model: HookedTransformer, examples: Examples) -> int:
     """How many examples make EVALUATED logits, scores or neurons."""
     cfg, n_pos = model.cfg, examples.tokens.shape[1]
-    each = max(examples.tensors[1].shape[1] * cfg.d_vocab_out, cfg.n_heads * n_pos**2, n_pos * (cfg.d_mlp or 0))
+    neurons = 0 if cfg.attn_only else n_pos * (cfg.d_mlp or 0)
+    each = max(examples.tensors[1].shape[1] * cfg.d_vocab_out, cfg.n_heads * n_pos**2, neurons)
     return max(1, EVALUATED // each)
 
 

@@ -145,7 +145,7 @@ def test_the_spread_is_that_of_shuffled_attention() -> None:
     """One weight pattern per row, shuffled: the score's standard deviation over shuffles is the stated one."""
     model, rng = hand_built_model(), seeds.stream(3)
     n_rows = 16
-    rows = hand_built.full_rows(n_rows, rng).tokens
+    rows = hand_built.full_rows(n_rows, rng)
     at = torch.zeros(n_rows, 24, 24, dtype=torch.bool)
     at[:, 20, 5] = True  # one query a row, so that nothing is said about queries of one row
     weights = torch.rand(21, generator=rng)
@@ -166,7 +166,7 @@ def test_the_spread_is_that_of_shuffled_attention() -> None:
 
 def test_rows_are_scored_alike_in_one_chunk_or_many(model, monkeypatch) -> None:
     whole = attention.attention_scores(model, SPLIT.test)["duplicate-token"]
-    monkeypatch.setattr(attention, "_CHUNK", 4 * 24**2 * 7)
+    monkeypatch.setattr("mechgrok.model.EVALUATED", 4 * 24**2 * 7)
     parts = attention.attention_scores(model, SPLIT.test)["duplicate-token"]
     torch.testing.assert_close(parts.score, whole.score)
     torch.testing.assert_close(parts.spread, whole.spread)
@@ -210,6 +210,23 @@ def test_a_head_that_lowers_what_it_attends_to_does_not_copy() -> None:
     repeats = probe(SPLIT, seeds.stream(4))
     assert of(copying.copying_scores(model, repeats, repeats.second).share, *TWINS) == pytest.approx([0, 1])
     assert of(copying.eigenvalue_copying(model), *TWINS) == pytest.approx([-1, 1])
+
+
+@pytest.mark.parametrize("normalization", ["LN", "RMS"])
+def test_the_last_norms_gain_is_in_what_a_head_raises(normalization: str) -> None:
+    """A gain of the unembedding's rows, or the same gain of the norm before it."""
+    gains = torch.linspace(0.2, 3.0, 20)[torch.randperm(20, generator=seeds.stream(6))]
+    in_norm, in_readout = (random_model(normalization_type=normalization) for _ in range(2))
+    with torch.no_grad():
+        in_norm.ln_final.w.mul_(gains)
+        in_readout.unembed.W_U.mul_(gains[:, None])
+    repeats = probe(SPLIT, seeds.stream(4))
+    plain, one, other = (
+        copying.copying_scores(model, repeats, repeats.first).share
+        for model in (random_model(normalization_type=normalization), in_norm, in_readout)
+    )
+    torch.testing.assert_close(one, other)
+    assert (one - plain).abs().max() > 1e-3
 
 
 # ---- direct logit attribution

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import analyses
 from mechgrok import pipeline
 from mechgrok.config import RunConfig, load_config
 from mechgrok.errors import ConfigError
@@ -65,6 +66,7 @@ def test_the_published_numbers_are_the_papers() -> None:
     assert tokens == 5_120_000_000 and config.train.max_grad_norm == 1.0
 
 
+@pytest.mark.long
 def test_a_few_steps_of_the_published_preset_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its datasets by local ones, the GPU by the CPU, and small numbers of rows, tokens, steps and draws."""
     monkeypatch.setenv("MECHGROK_CACHE", str(tmp_path / "cache"))
@@ -83,6 +85,11 @@ def test_a_few_steps_of_the_published_preset_from_end_to_end(tmp_path: Path, mon
     assert study.curve.components == ("model", *heads) and bool(torch.tensor(study.curve.llc).isfinite().all())
     refined = {name: curve.components for name, curve in study.curve.refined.items()}
     assert refined == {"code": ("model", *heads), "prose": ("model", *heads), "reference": heads}
+    names = study.config.analyses.names
+    assert names == load_config("heads-planted").analyses.names
+    for name in names:
+        report = analyses.run(name, study)
+        assert report.claims and all(len(values) == 2 for values in report.series.values())
 
 
 def test_a_few_steps_of_real_text_from_end_to_end(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Ablation of single heads at hook_z: how much the loss grows when a head's output is replaced."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from mechgrok.measures.in_context import target_losses
-from mechgrok.model import FwdHook, at_once, example_losses, model_losses, scored_logits
+from mechgrok.measures.in_context import Hooks, position_losses
+from mechgrok.model import FwdHook, shares
 from mechgrok.types import Examples
 
 AblationKind = Literal["zero", "mean", "resample"]
@@ -29,10 +29,8 @@ def head_ablations(model: HookedTransformer, examples: Examples, kind: AnyAblati
     "pattern-preserving" is Olsson et al.'s (2022): z is 0, and the attention patterns of all heads stay those of the
     clean run. It sees what a head does to values and logits, and hides what it does to later heads' queries and keys.
     """
-    tokens, targets, weights = examples.tensors
-    unharmed = model_losses(model, tokens, targets, weights)
-    ablated = _ablated_logits(model, examples, kind, rng)
-    return torch.stack([example_losses(logits, targets, weights) - unharmed for logits in ablated])
+    _, _, weights = examples.tensors
+    return (position_ablations(model, examples, kind, rng) * weights).sum(-1) / weights.sum(-1)
 
 
 @torch.no_grad()
@@ -41,10 +39,16 @@ def position_ablations(model: HookedTransformer, examples: Examples, kind: AnyAb
 
     Where the weight is 0 the target has no meaning, and so has the increase.
     """
-    tokens, targets, _ = examples.tensors
-    unharmed = target_losses(scored_logits(model, tokens, targets.shape[1]), targets)
-    ablated = _ablated_logits(model, examples, kind, rng)
-    return torch.stack([target_losses(logits, targets) - unharmed for logits in ablated])
+    unharmed = position_losses(model, examples)
+    increases = []
+    for layer in range(model.cfg.n_layers):
+        z = _head_outputs(model, examples, layer)
+        for head in range(model.cfg.n_heads):
+            own = z[:, :, head]
+            instead = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
+            hooks = _without(model, examples, kind, layer, head, instead)
+            increases.append(position_losses(model, examples, hooks) - unharmed)
+    return torch.stack(increases)
 
 
 def permutation(kind: AnyAblation, n_examples: int, rng: torch.Generator) -> Tensor | None:
@@ -59,31 +63,6 @@ def replacement(kind: AnyAblation, own: Tensor, others: Tensor | None) -> Tensor
     return torch.zeros_like(own) if others is None else own[others]
 
 
-def _ablated_logits(
-    model: HookedTransformer, examples: Examples, kind: AnyAblation, rng: torch.Generator
-) -> Iterator[Tensor]:
-    """The logits of the scored positions without each head in turn."""
-    n_scored, tokens = examples.tensors[1].shape[1], examples.tokens
-    shares = torch.arange(len(tokens)).split(at_once(model, examples))
-    what = ("z", "pattern") if kind == "pattern-preserving" else ("z",)
-    # A head's ablation changes neither its own z nor a pattern before the next layer's.
-    clean = _clean(model, tokens, what, shares)
-    for layer in range(model.cfg.n_layers):
-        frozen = [name for name in clean if name.endswith("hook_pattern") and int(name.split(".")[1]) > layer]
-        for head in range(model.cfg.n_heads):
-            point = f"blocks.{layer}.attn.hook_z"
-            own = clean[point][:, :, head]
-            instead = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
-            logits = [
-                scored_logits(
-                    model, tokens[share], n_scored,
-                    [put_head(point, head, instead[share]), *((name, _put(clean[name][share])) for name in frozen)],
-                )
-                for share in shares
-            ]  # fmt: skip
-            yield torch.cat(logits)
-
-
 def put_head(point: str, head: int, value: Tensor) -> FwdHook:
     """A hook that puts a value in the place of one head's, where heads are the third axis: [example, pos, d_head]."""
 
@@ -95,14 +74,33 @@ def put_head(point: str, head: int, value: Tensor) -> FwdHook:
     return point, hook_fn
 
 
+def _head_outputs(model: HookedTransformer, examples: Examples, layer: int) -> Tensor:
+    """The clean z of one layer: [example, pos, head, d_head]. Of all rows, as each may stand in for any other."""
+    name = f"blocks.{layer}.attn.hook_z"
+    return torch.cat([_clean(model, examples.tokens[rows], [name], layer)[name] for rows in shares(model, examples)])
+
+
+def _without(
+    model: HookedTransformer, examples: Examples, kind: AnyAblation, layer: int, head: int, instead: Tensor
+) -> Hooks:
+    """The hooks that put something in place of one head's z: [example, pos, d_head]."""
+    last, frozen = model.cfg.n_layers - 1, list[str]()
+    if kind == "pattern-preserving":  # a head's ablation changes no pattern before the next layer's
+        frozen = [f"blocks.{later}.attn.hook_pattern" for later in range(layer + 1, last + 1)]
+
+    def hooks(rows: slice) -> list[FwdHook]:
+        patterns = _clean(model, examples.tokens[rows], frozen, last) if frozen else {}
+        of_head = put_head(f"blocks.{layer}.attn.hook_z", head, instead[rows])
+        return [of_head, *((name, _put(pattern)) for name, pattern in patterns.items())]
+
+    return hooks
+
+
 def _put(instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
     return lambda _, hook: instead
 
 
-def _clean(
-    model: HookedTransformer, tokens: Tensor, what: Sequence[str], shares: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """These hooks of every layer's attention in the unharmed run, by name."""
-    names = [f"blocks.{layer}.attn.hook_{one}" for layer in range(model.cfg.n_layers) for one in what]
-    caches = [model.run_with_cache(tokens[share], names_filter=names)[1] for share in shares]
-    return {name: torch.cat([cache[name] for cache in caches]) for name in names}
+def _clean(model: HookedTransformer, tokens: Tensor, names: Sequence[str], layer: int) -> dict[str, Tensor]:
+    """These hooks of the unharmed run, by name; it ends with this layer."""
+    _, cache = model.run_with_cache(tokens, names_filter=list(names), stop_at_layer=layer + 1)
+    return {name: cache[name] for name in names}

@@ -23,13 +23,13 @@ from transformer_lens.head_detector import (
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ShapeError
+from mechgrok.model import shares
 from mechgrok.types import Examples
 
 AttentionKind = Literal["previous-token", "current-token", "first-token", "duplicate-token"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = ("previous-token", "current-token", "first-token", "duplicate-token")
 MAX_BLOCK = 25  # tokens of a repeated block, as in Olsson et al. 2022
 N_ROWS = 64
-_CHUNK = 2**24  # attention weights that are held at once, per layer
 
 Keys = Callable[[Tensor], Tensor]  # tokens Int[row, pos] -> Bool[row, query, key], the keys that are asked about
 
@@ -108,6 +108,15 @@ def repeated_tokens(
     return RepeatedTokens(tokens, targets, first, second, start)
 
 
+def shuffle_first(repeats: RepeatedTokens, rng: torch.Generator) -> Tensor:
+    """The tokens with those of each first copy in another, random order: what is to come has been seen, but not how."""
+    tokens = repeats.tokens.clone()
+    for row, first in zip(tokens, repeats.first, strict=True):
+        own = row[first]
+        row[first] = own[torch.randperm(len(own), generator=rng)]
+    return tokens
+
+
 def attention_scores(model: HookedTransformer, examples: Examples) -> dict[str, AttentionScores]:
     """Attention to the previous, the current, the first and earlier equal tokens, by kind.
 
@@ -124,7 +133,7 @@ def attention_scores(model: HookedTransformer, examples: Examples) -> dict[str, 
     first[:, 0] = 1
     previous = get_previous_token_head_detection_pattern(examples.tokens[:1])
     keys = (fixed(previous), fixed(torch.eye(n_pos)), fixed(first), _rows(get_duplicate_token_head_detection_pattern))
-    return _scores(model, examples.tokens, dict(zip(ATTENTION_KINDS, keys, strict=True)))
+    return _scores(model, examples, dict(zip(ATTENTION_KINDS, keys, strict=True)))
 
 
 def prefix_matching(model: HookedTransformer, repeats: RepeatedTokens) -> AttentionScores:
@@ -134,7 +143,7 @@ def prefix_matching(model: HookedTransformer, repeats: RepeatedTokens) -> Attent
     distinct within a block.
     """
     keys = {"prefix": _rows(get_induction_head_detection_pattern)}
-    return _scores(model, repeats.tokens, keys, repeats.second)["prefix"]
+    return _scores(model, repeats.examples, keys, repeats.second)["prefix"]
 
 
 def _rows(pattern: Callable[[Tensor], Tensor]) -> Keys:
@@ -144,16 +153,15 @@ def _rows(pattern: Callable[[Tensor], Tensor]) -> Keys:
 
 @torch.no_grad()
 def _scores(
-    model: HookedTransformer, tokens: Tensor, kinds: Mapping[str, Keys], queries: Tensor | None = None
+    model: HookedTransformer, examples: Examples, kinds: Mapping[str, Keys], queries: Tensor | None = None
 ) -> dict[str, AttentionScores]:
-    cfg = model.cfg
+    tokens = examples.tokens
     n_rows, n_pos = tokens.shape
     if queries is None:
         queries = (torch.arange(n_pos) >= 2).expand(n_rows, -1)
-    size = max(1, _CHUNK // (cfg.n_heads * n_pos**2))
     parts: dict[str, list[_Sums]] = {name: [] for name in kinds}
-    for rows, asked in zip(tokens.split(size), queries.split(size), strict=True):
-        for name, sums in _chunk_sums(model, rows, asked, kinds).items():
+    for rows in shares(model, examples):
+        for name, sums in _chunk_sums(model, tokens[rows], queries[rows], kinds).items():
             parts[name].append(sums)
     scores = {}
     for name, of in parts.items():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok.model import blocks
 from mechgrok.types import Examples
 
 
@@ -20,13 +21,17 @@ def direct_attributions(model: HookedTransformer, examples: Examples) -> dict[st
     equal). It is not used because it leaves out the gain and the biases, and holds an array [example, pos, head,
     d_head, d_model] on the way.
     """
-    cfg = model.cfg
-    tokens, targets, _ = examples.tensors
-    n_scored = targets.shape[1]
+    unembed = (model.W_U - model.W_U.mean(1, keepdim=True)).double()
+    found = [_attributions(model, tokens, targets, unembed) for tokens, targets, _ in blocks(model, examples)]
+    return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+
+
+def _attributions(model: HookedTransformer, tokens: Tensor, targets: Tensor, unembed: Tensor) -> dict[str, Tensor]:
+    """The same of some rows; unembed: Float64[d_model, class], less its mean over the classes."""
+    cfg, n_scored = model.cfg, targets.shape[1]
     parts = ("hook_embed", "hook_pos_embed", "attn.hook_z", "hook_mlp_out", "ln_final.hook_scale")
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(parts))
 
-    unembed = (model.W_U - model.W_U.mean(1, keepdim=True)).double()
     bias = (model.b_U - model.b_U.mean()).double()[targets]
     direction = unembed.T[targets]  # [example, scored, d_model]
     if cfg.normalization_type in ("LN", "RMS"):

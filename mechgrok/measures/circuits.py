@@ -16,13 +16,13 @@ from transformer_lens.hook_points import HookPoint
 
 from mechgrok.components import HEAD_NAME
 from mechgrok.errors import ComponentError
-from mechgrok.measures.ablation import AblationKind, permutation, replacement
+from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
 from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attention_scores, prefix_matching
 from mechgrok.measures.composition import composition_scores
 from mechgrok.measures.head_types import SURE, strong_heads
-from mechgrok.measures.in_context import target_losses
+from mechgrok.measures.in_context import position_losses
 from mechgrok.measures.path_ablation import INPUTS, CleanRun, Head, Input, clean_run, path_ablation
-from mechgrok.model import FwdHook, scored_logits
+from mechgrok.model import FwdHook
 from mechgrok.types import Examples
 
 Pair = tuple[Head, Head]  # the earlier head, the later head
@@ -121,21 +121,18 @@ def joint_ablation(
 ) -> WeightedMean:
     """Increase of the mean loss when all these heads are ablated at once, each as in `ablation.head_ablations`.
 
-    Heads that stand in for each other cost little one by one, and much together.
+    Heads that stand in for each other cost little one by one, and much together. What is put in their places is of the
+    clean run.
     """
-    tokens, targets, weights = examples.tensors
-    hooks: list[FwdHook] = []
+    instead = {}
     for layer, head in heads:
-        others = permutation(kind, len(examples), rng)
+        own = clean.z[layer][:, :, head]
+        instead[layer, head] = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
 
-        def replace(z: Tensor, hook: HookPoint, head: int = head, others: Tensor | None = others) -> Tensor:
-            z = z.clone()
-            z[:, :, head] = replacement(kind, z[:, :, head], others)
-            return z
+    def hooks(rows: slice) -> list[FwdHook]:
+        return [put_head(f"blocks.{layer}.attn.hook_z", head, of[rows]) for (layer, head), of in instead.items()]
 
-        hooks.append((f"blocks.{layer}.attn.hook_z", replace))
-    losses = target_losses(scored_logits(model, tokens, targets.shape[1], hooks), targets)
-    return weighted_mean(losses - clean.losses, weights)
+    return weighted_mean(position_losses(model, examples, hooks) - clean.losses, examples.tensors[2])
 
 
 @torch.no_grad()
@@ -149,28 +146,29 @@ def layer_path_effects(
     other, and then their sum says little. It equals `path_ablation` where one head alone sends (a test holds them
     equal): the later layer runs on the changed stream, and its queries, keys and values are put into a clean run.
     """
-    tokens, targets, _ = examples.tensors
     z = clean.z[sender]
     delta = torch.einsum("bphd,hdm->bpm", z.mean(0, keepdim=True) - z, model.W_O[sender])
     names = [f"blocks.{receiver}.attn.hook_{letter}" for letter in INPUTS]
-    changed: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        changed[str(hook.name)] = value
+    def hooks(rows: slice) -> list[FwdHook]:
+        changed: dict[str, Tensor] = {}
 
-    def add(resid: Tensor, hook: HookPoint) -> Tensor:
-        return resid + delta
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            changed[str(hook.name)] = value
 
-    read: list[Any] = [(f"blocks.{receiver}.hook_resid_pre", add), *((name, keep) for name in names)]
-    model.run_with_hooks(tokens, stop_at_layer=receiver + 1, fwd_hooks=read)
+        def add(resid: Tensor, hook: HookPoint) -> Tensor:
+            return resid + delta[rows]
 
-    def put(value: Tensor, hook: HookPoint) -> Tensor:
-        value = value.clone()
-        value[:, :, list(heads)] = changed[str(hook.name)][:, :, list(heads)]
-        return value
+        def put(value: Tensor, hook: HookPoint) -> Tensor:
+            value = value.clone()
+            value[:, :, list(heads)] = changed[str(hook.name)][:, :, list(heads)]
+            return value
 
-    logits = scored_logits(model, tokens, targets.shape[1], [(name, put) for name in names])
-    return target_losses(logits, targets) - clean.losses
+        read: list[Any] = [(f"blocks.{receiver}.hook_resid_pre", add), *((name, keep) for name in names)]
+        model.run_with_hooks(examples.tokens[rows], stop_at_layer=receiver + 1, fwd_hooks=read)
+        return [(name, put) for name in names]
+
+    return position_losses(model, examples, hooks) - clean.losses
 
 
 @torch.no_grad()
@@ -180,19 +178,19 @@ def direct_effects(model: HookedTransformer, examples: Examples, layer: int, cle
     The head's z is mean-ablated in the final residual stream alone; all later layers read the clean stream. (The
     final LayerNorm sees the change.)
     """
-    tokens, targets, _ = examples.tensors
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    effects = []
-    for head in range(model.cfg.n_heads):
+
+    def without(head: int) -> Tensor:
         own = clean.z[layer][:, :, head]
         delta = (replacement("mean", own, None) - own) @ model.W_O[layer, head]
 
-        def add(resid: Tensor, hook: HookPoint, delta: Tensor = delta) -> Tensor:
-            return resid + delta[:, -resid.shape[1] :]  # the unscored positions may be gone
+        def hooks(rows: slice) -> list[FwdHook]:
+            # The unscored positions may be gone.
+            return [(last, lambda resid, hook: resid + delta[rows, -resid.shape[1] :])]
 
-        logits = scored_logits(model, tokens, targets.shape[1], [(last, add)])
-        effects.append(target_losses(logits, targets) - clean.losses)
-    return torch.stack(effects)
+        return position_losses(model, examples, hooks) - clean.losses
+
+    return torch.stack([without(head) for head in range(model.cfg.n_heads)])
 
 
 @dataclass(frozen=True)

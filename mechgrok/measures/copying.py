@@ -46,7 +46,9 @@ def copying_scores(model: HookedTransformer, repeats: RepeatedTokens, queries: T
         queries: Bool[row, pos].
     """
     read, hooks = _output_readers(model), ("attn.hook_z", "attn.hook_pattern")
-    _, cache = model.run_with_cache(repeats.tokens, names_filter=lambda name: name.endswith(hooks))
+    _, cache = model.run_with_cache(  # no logits are needed
+        repeats.tokens, names_filter=lambda name: name.endswith(hooks), stop_at_layer=model.cfg.n_layers
+    )
     keys = repeats.tokens
     directions = read[:, keys]  # [d_model, row, key]
     shares = []
@@ -90,6 +92,6 @@ def eigenvalue_copying(model: HookedTransformer) -> Tensor:
 def _output_readers(model: HookedTransformer) -> Tensor:
     """[d_model, class]: what the residual stream is multiplied with for a logit less the mean logit, scale left out."""
     read = model.W_U - model.W_U.mean(1, keepdim=True)
-    if model.cfg.normalization_type == "LN":
+    if model.cfg.normalization_type in ("LN", "RMS"):
         read = model.get_parameter("ln_final.w")[:, None] * read
     return read - read.mean(0) if model.cfg.normalization_type in ("LN", "LNPre") else read

@@ -3,7 +3,7 @@
 All losses are in nats. Positions are those of `Examples.tensors`: the last ones, from the first that is scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +11,38 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechgrok.errors import ShapeError
-from mechgrok.model import FwdHook, scored_logits
+from mechgrok.model import FwdHook, scored_logits, shares
 from mechgrok.types import Examples
 
+COUNTED = 4096  # rows at once
 Window = tuple[int, int]  # positions [start, end), counted from the start of the row
+Hooks = Callable[[slice], Sequence[FwdHook]]  # rows of the examples -> the hooks under which they run
 
 
 @torch.no_grad()
-def position_losses(model: HookedTransformer, examples: Examples, fwd_hooks: Sequence[FwdHook] = ()) -> Tensor:
+def position_losses(
+    model: HookedTransformer,
+    examples: Examples,
+    hooks: Hooks = lambda rows: (),
+    resid: Tensor | None = None,
+    start_at_layer: int | None = None,
+) -> Tensor:
     """Cross-entropy of every scored position, unweighted, nats: Float64[example, scored].
 
-    Where the weight is 0 the target has no meaning, and so has the loss.
+    Where the weight is 0 the target has no meaning, and so has the loss. The model runs on `model.at_once` examples at
+    a time, and of their logits the losses alone are kept: those of all rows would not fit the memory.
+
+    Args:
+        hooks: those of the run of some rows; they see the activations of these rows only.
+        resid: [example, pos, d_model], what enters `start_at_layer`, where the run does not begin with the tokens.
     """
     tokens, targets, _ = examples.tensors
-    return target_losses(scored_logits(model, tokens, targets.shape[1], fwd_hooks), targets)
+    inputs = tokens if resid is None else resid
+    losses = []
+    for rows in shares(model, examples):
+        logits = scored_logits(model, inputs[rows], targets.shape[1], hooks(rows), start_at_layer)
+        losses.append(target_losses(logits, targets[rows]))
+    return torch.cat(losses)
 
 
 def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -76,7 +94,8 @@ def bigram_table(examples: Examples, n_tokens: int, n_classes: int) -> Tensor:
     _, targets, weights = examples.tensors
     tokens = examples.tokens[:, -targets.shape[1] :]
     counts = torch.zeros(n_tokens * n_classes, dtype=torch.float64)
-    counts.index_add_(0, (tokens * n_classes + targets).flatten(), weights.double().flatten())
+    for now, following, by in zip(*(of.split(COUNTED) for of in (tokens, targets, weights)), strict=True):
+        counts.index_add_(0, (now * n_classes + following).flatten(), by.double().flatten())
     counts = counts.view(n_tokens, n_classes)
     return counts / counts.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -90,11 +109,15 @@ def bigram_score(model: HookedTransformer, examples: Examples, table: Tensor) ->
     """
     tokens, targets, weights = examples.tensors
     n_scored = targets.shape[1]
-    log_probs = scored_logits(model, tokens, n_scored).double().log_softmax(-1)
     seen = tokens[:, -n_scored:]
     known = weights.double() * (table.sum(1) > 0)[seen]
     entropy = -torch.special.xlogy(table, table).sum(1)
-    nats = -(table[seen] * log_probs).sum(-1)
+    nats = torch.cat(
+        [
+            -(table[seen[rows]] * scored_logits(model, tokens[rows], n_scored).double().log_softmax(-1)).sum(-1)
+            for rows in shares(model, examples)
+        ]
+    )
     total = known.sum()
     return BigramScore(float((nats * known).sum() / total), float((entropy[seen] * known).sum() / total))
 

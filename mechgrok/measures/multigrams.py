@@ -15,7 +15,7 @@ Targets that repeat what followed the same token earlier in the row are left out
 so are closing brackets.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from transformer_lens import HookedTransformer
 from mechgrok import seeds
 from mechgrok.measures.ablation import AblationKind, position_ablations
 from mechgrok.measures.in_context import position_losses
+from mechgrok.model import shares
 from mechgrok.types import Examples, Split
 
 MIN_COUNT = 3  # places of a multigram; a mean over fewer has no standard error to speak of
@@ -36,7 +37,7 @@ LIKELY = 0.5  # the share of the target after source and token
 KNOWN_NATS = float(np.log(2))
 ADDED_NATS = 0.1  # a change of the target's probability by a tenth
 SURE = 3.0  # standard errors
-CLOSING = ")]}>"
+OPENING, CLOSING = "([{⟨", ")]}⟩"
 N_EXAMPLES = 256
 
 
@@ -117,8 +118,17 @@ def places(examples: Examples, labels: Sequence[str]) -> Places:
 
 
 def closing_brackets(labels: Sequence[str]) -> Tensor:
-    """Which tokens are a closing bracket, with or without a tokenizer's mark of a space: Bool[token]."""
-    return torch.tensor([label.strip("Ġ ▁") in tuple(CLOSING) for label in labels])
+    """Which tokens close a bracket that they do not open, as ")" and "):" do and "()" does not: Bool[token]."""
+
+    def closes(label: str) -> bool:
+        depth = 0
+        for character in label:
+            depth += (character in OPENING) - (character in CLOSING)
+            if depth < 0:
+                return True
+        return False
+
+    return torch.tensor([closes(label) for label in labels])
 
 
 def _follows_earlier(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -147,8 +157,9 @@ def associated(
     first = np.unique(inverse, return_index=True)[1][tested]
     n_pair, n_token, n_bigram = (_counts(of)[first] for of in (pair, token, bigram))
     hits = count[tested]
-    others = np.maximum(n_token - n_pair, 1)
+    others = n_token - n_pair
     share = np.clip((n_bigram - hits + 0.5) / (others + 1), 0, 1)  # of other places; never quite 0
+    share[others == 0] = 1.0  # the data cannot tell it from a bigram
     chance = binom.sf(hits - 1, n_pair, share)
     holds = (chance < LEVEL / len(tested)) & (hits >= LIKELY * n_pair)
     order = np.argsort(inverse, kind="stable")
@@ -197,7 +208,8 @@ def memorized(
     everywhere = position_ablations(model, examples, kind, rng).numpy()
     added = everywhere[:, seen.example, column]
     repeats = (examples.weights.numpy() > 0) & _follows_earlier(examples.tokens.numpy(), examples.targets.numpy())
-    attention = _attention(model, examples.tokens)
+    tokens = examples.tokens.numpy()
+    looks = _looks(_attention(model, examples), tokens, seen, bos)
 
     inside = np.flatnonzero(seen.previous >= 0)
     ngrams = {
@@ -211,21 +223,22 @@ def memorized(
         explained[where] = True
 
     found = []
-    for head, pattern in enumerate(attention):
+    for head in range(len(everywhere)):
+        near = looks.token[head] + looks.previous[head]
+        far = looks.token[head] + looks.at_source[head]
         known = {
             multigram: where
             for multigram, where in ngrams.items()
-            if _needed(loss[where], added[head, where])
-            and _looks(pattern, seen, where, np.maximum(seen.pos[where] - 1, 0))
+            if _needed(loss[where], added[head, where]) and _enough(near[where], seen.pos[where])
         }
-        open_, source_pos = _attended(pattern, examples.tokens.numpy(), seen, explained, bos)
-        source = examples.tokens.numpy()[seen.example[open_], source_pos]
+        open_ = np.flatnonzero(~explained & (looks.at_source[head] > 0))
+        source = tokens[seen.example[open_], looks.source[head, open_]]
         skips = associated(source, seen.token[open_], seen.target[open_], contiguous=False)
         known |= {
             multigram: open_[where]
             for multigram, where in skips.items()
             if _needed(loss[open_[where]], added[head, open_[where]])
-            and _looks(pattern, seen, open_[where], source_pos[where])
+            and _enough(far[open_[where]], seen.pos[open_[where]])
         }
         at_multigrams = sum(float(added[head, where].sum()) for where in known.values())
         at_repeats = float(everywhere[head][repeats[:, -n_scored:]].sum())
@@ -233,25 +246,48 @@ def memorized(
     return found
 
 
-def _attention(model: HookedTransformer, tokens: Tensor) -> list[np.ndarray]:
-    """Every head's pattern, [example, query, key], layer-major."""
+def _attention(model: HookedTransformer, examples: Examples) -> Iterator[np.ndarray]:
+    """Every head's pattern, [head, example, query, key], layer-major, of `model.at_once` examples after the other."""
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    _, cache = model.run_with_cache(tokens, names_filter=names)
-    return [cache[name][:, head].numpy() for name in names for head in range(model.cfg.n_heads)]
+    for rows in shares(model, examples):
+        tokens = examples.tokens[rows]
+        _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=model.cfg.n_layers)
+        yield torch.cat([cache[name].transpose(0, 1) for name in names]).numpy()
 
 
-def _attended(
-    pattern: np.ndarray, tokens: np.ndarray, seen: Places, explained: np.ndarray, bos: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of the places that no n-gram explains, position of the source that the head attends to most there)."""
-    open_ = np.flatnonzero(~explained & (seen.pos >= 2))
-    example, pos = seen.example[open_], seen.pos[open_]
-    rows = pattern[example, pos].copy()
-    rows[np.arange(rows.shape[1]) > pos[:, None] - 2] = -1.0
-    if bos is not None:
-        rows[tokens[example] == bos] = -1.0
-    kept = rows.max(1) > 0
-    return open_[kept], rows[kept].argmax(1)
+@dataclass(frozen=True)
+class Looks:
+    """What heads attend to from the places. All arrays are [head, place].
+
+    token, previous: attention to the place's own position and to the one before it. source: the position, two or more
+    back and not of `bos`, that gets most; at_source: how much that is, -1 where there is none.
+    """
+
+    token: np.ndarray
+    previous: np.ndarray
+    source: np.ndarray
+    at_source: np.ndarray
+
+
+def _looks(patterns: Iterable[np.ndarray], tokens: np.ndarray, seen: Places, bos: int | None) -> Looks:
+    """Read off the patterns of one block of examples after the other, as those of all do not fit the memory."""
+    parts, first = [], 0
+    for pattern in patterns:
+        n_examples = pattern.shape[1]
+        mine = slice(*np.searchsorted(seen.example, [first, first + n_examples]))
+        example, pos = seen.example[mine], seen.pos[mine]
+        place = np.arange(len(pos))
+        far = np.arange(pattern.shape[3]) <= pos[:, None] - 2
+        if bos is not None:
+            far &= tokens[example] != bos
+        read = []
+        for of_head in pattern:
+            rows = of_head[example - first, pos]  # [place, key]
+            of_far = np.where(far, rows, -1.0)
+            read.append((rows[place, pos], rows[place, np.maximum(pos - 1, 0)], of_far.argmax(1), of_far.max(1)))
+        parts.append([np.stack(of) for of in zip(*read, strict=True)])
+        first += n_examples
+    return Looks(*(np.concatenate(of, 1) for of in zip(*parts, strict=True)))
 
 
 def _needed(loss: np.ndarray, added: np.ndarray) -> bool:
@@ -259,8 +295,6 @@ def _needed(loss: np.ndarray, added: np.ndarray) -> bool:
     return bool(loss.mean() < KNOWN_NATS and added.mean() >= ADDED_NATS and added.mean() > SURE * error)
 
 
-def _looks(pattern: np.ndarray, seen: Places, where: np.ndarray, source_pos: np.ndarray) -> bool:
+def _enough(attention: np.ndarray, pos: np.ndarray) -> bool:
     """Whether attention to source and token is, on average, at least uniform attention's 2 / (visible positions)."""
-    example, pos = seen.example[where], seen.pos[where]
-    attention = pattern[example, pos, pos] + pattern[example, pos, source_pos]
     return bool(attention.mean() >= (2 / (pos + 1)).mean())

@@ -4,18 +4,21 @@ The three ways in, queries, keys and values, are ablated one by one or together.
 every other part receives is what it is in the clean run; what comes after the later head responds to it.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ComponentError
 from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
-from mechgrok.measures.in_context import target_losses
-from mechgrok.model import scored_logits
+from mechgrok.measures.in_context import position_losses
+from mechgrok.model import FwdHook
 from mechgrok.types import Examples
 
 Head = tuple[int, int]  # layer, head
@@ -38,12 +41,15 @@ class CleanRun:
 @torch.no_grad()
 def clean_run(model: HookedTransformer, examples: Examples) -> CleanRun:
     """What `path_ablation` needs of the model as it is."""
-    hooks = ("hook_resid_pre", "attn.hook_z")
-    output, cache = model.run_with_cache(examples.tokens, names_filter=lambda name: name.endswith(hooks))
-    logits = cast(Tensor, output)
-    resid_pre, z = (tuple(cache[f"blocks.{i}.{hook}"] for i in range(model.cfg.n_layers)) for hook in hooks)
-    targets = examples.tensors[1]
-    return CleanRun(resid_pre, z, target_losses(logits[:, -targets.shape[1] :], targets))
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        kept[str(hook.name)].append(value)
+
+    names = [[f"blocks.{i}.{hook}" for i in range(model.cfg.n_layers)] for hook in ("hook_resid_pre", "attn.hook_z")]
+    losses = position_losses(model, examples, lambda rows: [(name, keep) for name in chain(*names)])
+    resid_pre, z = (tuple(torch.cat(kept.pop(name)) for name in of) for of in names)
+    return CleanRun(resid_pre, z, losses)
 
 
 @torch.no_grad()
@@ -78,20 +84,18 @@ def path_ablation(
     if model.cfg.n_key_value_heads not in (None, model.cfg.n_heads):
         raise ComponentError("heads share keys and values (grouped-query attention), so no path leads into one alone")
     clean = clean or clean_run(model, examples)
-    layer, n_scored = receiver[0], clean.losses.shape[1]
-
+    layer = receiver[0]
     own = clean.z[sender[0]][:, :, sender[1]]
     replaced = replacement(kind, own, permutation(kind, len(examples), rng))
     resid = clean.resid_pre[layer] + (replaced - own) @ model.W_O[sender]
-    hooks = [
-        put_head(f"blocks.{layer}.attn.hook_{letter}", receiver[1], _head_input(model, receiver, letter, resid))
-        for letter in inputs
-    ]
+
+    def hooks(rows: slice) -> list[FwdHook]:
+        changed = {letter: _head_input(model, receiver, letter, resid[rows]) for letter in inputs}
+        return [put_head(f"blocks.{layer}.attn.hook_{letter}", receiver[1], of) for letter, of in changed.items()]
+
     if model.cfg.positional_embedding_type == "shortformer":  # whose later layers need the positions of the first
-        logits = scored_logits(model, examples.tokens, n_scored, hooks)
-    else:
-        logits = scored_logits(model, clean.resid_pre[layer], n_scored, hooks, start_at_layer=layer)
-    return target_losses(logits, examples.tensors[1]) - clean.losses
+        return position_losses(model, examples, hooks) - clean.losses
+    return position_losses(model, examples, hooks, clean.resid_pre[layer], layer) - clean.losses
 
 
 def _head_input(model: HookedTransformer, head: Head, letter: Input, resid: Tensor) -> Tensor:

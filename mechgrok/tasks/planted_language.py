@@ -56,7 +56,7 @@ class Language:
     def labels(self) -> tuple[str, ...]:
         """What to print for each token."""
         names = {BOS: "BOS", self.skip_closer: "e"}
-        brackets = zip(self.openers, self.closers, ("()", "[]", "{}", "<>"), strict=False)
+        brackets = zip(self.openers, self.closers, ("()", "[]", "{}", "⟨⟩"), strict=False)
         names |= {int(token): text for pair in brackets for token, text in zip(pair[:2], pair[2], strict=True)}
         names |= {int(token): f"s{i}" for i, token in enumerate(self.skips)}
         names |= {int(token): f"w{i}" for i, token in enumerate(self.plain)}
