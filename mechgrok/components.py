@@ -16,11 +16,20 @@ from mechgrok.errors import ComponentError
 from mechgrok.types import Component
 
 HEAD_PARAMETERS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
-HEAD_NAME = re.compile(r"L(\d+)H(\d+)")
+_INDEX = "(0|[1-9][0-9]{0,8})"
+HEAD_NAME = re.compile(f"L{_INDEX}H{_INDEX}")
 _PREFIXES = {"embed": ("embed.", "pos_embed."), "unembed": ("ln_final.", "unembed.")}
 
 Masks = dict[str, Tensor | None]
 FwdHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
+
+
+def head_layer(name: str) -> int:
+    """The layer of a head, 3 of "L3H1". Raises ComponentError for any other name."""
+    found = HEAD_NAME.fullmatch(name)
+    if found is None:
+        raise ComponentError(f"{name!r} is no head; name one as L0H3")
+    return int(found[1])
 
 
 def component(model: HookedTransformer, name: str) -> Component:
@@ -157,7 +166,7 @@ def _part(model: HookedTransformer, part: str) -> Masks:
         return {name: None for name in names if name.startswith(_PREFIXES[part])}
     if head := HEAD_NAME.fullmatch(part):
         return _head(model, part, int(head[1]), int(head[2]))
-    if layer := re.fullmatch(r"L(\d+)(?:\.(attn|mlp))?", part):
+    if layer := re.fullmatch(rf"L{_INDEX}(?:\.(attn|mlp))?", part):
         _check_index(part, "layer", int(layer[1]), model.cfg.n_layers)
         inside = {"attn": ("attn.", "ln1"), "mlp": ("mlp.", "ln2"), None: ("",)}[layer[2]]
         prefixes = tuple(f"blocks.{int(layer[1])}.{start}" for start in inside)
@@ -166,7 +175,7 @@ def _part(model: HookedTransformer, part: str) -> Masks:
             raise ComponentError(f"component {part!r} selects no parameter: this model is attention-only")
         return selected
     raise ComponentError(
-        f"unknown component {part!r}; use model, embed, unembed, L0, L0.attn, L0.mlp, L0H1, or several joined by +"
+        f"unknown component {part[:40]!r}; use model, embed, unembed, L0, L0.attn, L0.mlp, L0H1, or several joined by +"
     )
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from mechgrok.errors import ConfigError
-from mechgrok.task_config import Fraction, Settings, TaskConfig
+from mechgrok.task_config import TASKS, Fraction, NotNegative, Positive, Settings, Size, TaskConfig
 
 MEMORY_GB = 2.0
+MAX_MODEL_GB = 70.0
 
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
 Precision = Literal["float32", "bfloat16", "float64"]
@@ -31,27 +32,40 @@ class ModelConfig(Settings):
     use for models from elsewhere.
     """
 
-    n_layers: PositiveInt
-    d_model: PositiveInt
-    n_heads: PositiveInt
-    d_head: PositiveInt
-    d_mlp: PositiveInt | None = None  # None: attention only
+    n_layers: Size
+    d_model: Size
+    n_heads: Size
+    d_head: Size
+    d_mlp: Size | None = None  # None: attention only
     act_fn: Literal[
         "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln"
     ] = "relu"  # fmt: skip
     normalization_type: Literal["LN", "LNPre", "RMS", "RMSPre"] | None = None
     positional_embedding_type: Literal["standard", "rotary", "shortformer", "alibi"] = "standard"
-    init_std: PositiveFloat = 0.02  # weights ~ N(0, init_std^2); biases start at 0, LayerNorm gains at 1
-    n_ctx: PositiveInt | None = None
-    d_vocab: PositiveInt | None = None
-    d_vocab_out: PositiveInt | None = None
-    eps: PositiveFloat = 1e-5  # of the normalization
+    init_std: Positive = 0.02  # weights ~ N(0, init_std^2); biases start at 0, LayerNorm gains at 1
+    n_ctx: Size | None = None
+    d_vocab: Size | None = None
+    d_vocab_out: Size | None = None
+    eps: Positive = 1e-5  # of the normalization
     final_rms: bool = False
     parallel_attn_mlp: bool = False
     scale_attn_by_inverse_layer_idx: bool = False
-    rotary_dim: PositiveInt | None = None
-    rotary_base: PositiveFloat = 10000.0
+    rotary_dim: Size | None = None
+    rotary_base: Positive = 10000.0
     rotary_adjacent_pairs: bool = False
+
+    @model_validator(mode="after")
+    def _model_can_be_built(self) -> Self:
+        if self.parallel_attn_mlp and self.d_mlp is None:
+            raise ValueError("parallel_attn_mlp needs an MLP beside the attention: give d_mlp, or leave it out")
+        n_ctx = self.n_ctx or 0
+        layer = 4 * self.d_model * (4 * self.n_heads * self.d_head + 2 * (self.d_mlp or 0)) + n_ctx**2  # with a mask
+        embeddings = 4 * self.d_model * ((self.d_vocab or 0) + (self.d_vocab_out or self.d_vocab or 0) + n_ctx)
+        if (size := (self.n_layers * layer + embeddings) / 1e9) > MAX_MODEL_GB:
+            raise ValueError(
+                f"a model of these sizes takes {size:,.0f} GB, more than {MAX_MODEL_GB:g}; make it smaller"
+            )
+        return self
 
 
 class TrainConfig(Settings):
@@ -64,12 +78,12 @@ class TrainConfig(Settings):
     """
 
     n_steps: PositiveInt
-    learning_rate: PositiveFloat
-    weight_decay: Annotated[float, Field(ge=0)]
+    learning_rate: Positive
+    weight_decay: NotNegative
     betas: tuple[Fraction, Fraction]
-    batch_size: PositiveInt | None = None
-    max_grad_norm: PositiveFloat | None = None
-    n_checkpoints: Annotated[int, Field(ge=2)] | None = None
+    batch_size: Size | None = None
+    max_grad_norm: Positive | None = None
+    n_checkpoints: Annotated[int, Field(ge=2, le=2**20)] | None = None
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     n_threads: PositiveInt  # part of the config because the bits of a sum depend on it
     device: Literal["cpu", "cuda"] = "cpu"
@@ -117,22 +131,22 @@ class LLCConfig(Settings):
     the last bits of a result depend on it, which is why it is a setting.
     """
 
-    nbeta: Annotated[float, Field(ge=0)]
-    step_size: PositiveFloat
-    localization: Annotated[float, Field(ge=0)]
-    n_chains: Annotated[int, Field(ge=2)] = 4
-    n_draws: Annotated[int, Field(ge=8)] = 200
-    n_burnin: Annotated[int, Field(ge=0)] = 100
-    batch_size: PositiveInt | None = None
+    nbeta: NotNegative
+    step_size: Positive
+    localization: NotNegative
+    n_chains: Annotated[int, Field(ge=2, le=2**20)] = 4
+    n_draws: Annotated[int, Field(ge=8, le=10**7)] = 200
+    n_burnin: Annotated[int, Field(ge=0, le=10**7)] = 100
+    batch_size: Size | None = None
     sampler: SamplerName = "sgld"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rmsprop_decay: Fraction = 0.99
-    rmsprop_stability: PositiveFloat = 0.1
+    rmsprop_stability: Positive = 0.1
     canonicalize: bool = False
     engine: Literal["mechgrok", "devinterp"] = "mechgrok"
     precision: Precision = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
-    memory_gb: PositiveFloat = MEMORY_GB
+    memory_gb: Positive = MEMORY_GB
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Self:
@@ -145,6 +159,10 @@ class LLCConfig(Settings):
         if self.engine == "devinterp" and self.device != "cpu":
             raise ValueError(
                 "engine devinterp is run on the cpu here, as it is there to check against; leave device out"
+            )
+        if self.n_chains * self.n_draws > 10**9:
+            raise ValueError(
+                f"n_chains * n_draws must be at most 10^9, got {self.n_chains} * {self.n_draws}; lower one"
             )
         return self
 
@@ -160,6 +178,9 @@ class LLCConfig(Settings):
         except ValidationError as error:
             raise ConfigError(f"LLCConfig: {_one_sentence(error)}") from None
 
+    # So that pydantic does not call it for the [llc.sampling] of a file, whose errors bear the whole path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
 
 REFERENCE = "reference"  # the distribution whose targets a reference model has drawn
 
@@ -172,7 +193,7 @@ class RefinementConfig(Settings):
     """
 
     distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    components: tuple[str, ...]
+    components: Annotated[tuple[str, ...], Field(min_length=1)]
     every: PositiveInt = 1
     reference_layers: PositiveInt | None = None
 
@@ -191,7 +212,7 @@ class CurveConfig(Settings):
     """
 
     components: tuple[str, ...]  # "heads" stands for every head of the model
-    control_localization: PositiveFloat
+    control_localization: Positive
     n_threads: PositiveInt  # torch threads of one unit of work
     n_examples: PositiveInt | None = None
     checks_every: PositiveInt = 1
@@ -220,15 +241,15 @@ class StageConfig(Settings):
 
     plateau: Fraction = 0.05  # a slope below this share of the largest counts as flat
     credible: Fraction = 0.95  # mass of the boundary intervals, and certainty asked of a stage
-    min_evidence: PositiveFloat = 3.0  # nats of marginal likelihood over a constant curve
-    n_posterior: PositiveInt = 400  # posterior draws
+    min_evidence: Positive = 3.0  # nats of marginal likelihood over a constant curve
+    n_posterior: Size = 400  # posterior draws
 
 
 class AnalysesConfig(Settings):
     """Which analyses a run makes, and how many random placements of the stages score a claim."""
 
     names: tuple[str, ...]
-    n_null: PositiveInt
+    n_null: Size
 
 
 READ_LATER = ("stages", "analyses")  # sections that say how a run is read: they can change on what is there
@@ -256,7 +277,8 @@ class RunConfig(Settings):
 
     def with_sampling(self, sampling: LLCConfig) -> "RunConfig":
         """The same experiment with other sampling settings; the control localization moves along."""
-        ratio = self.llc.control_localization / self.llc.sampling.localization
+        own = self.llc.sampling.localization
+        ratio = self.llc.control_localization / own if own else 2.0
         curve = {"sampling": sampling, "control_localization": ratio * sampling.localization}
         return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
 
@@ -323,12 +345,10 @@ def parse_config(text: str, source: str) -> RunConfig:
     """A RunConfig from TOML text; `source` names it in errors."""
     try:
         return RunConfig.model_validate(_tuples(tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{source}: {_one_sentence(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+    except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
 
 
 def _one_sentence(error: ValidationError) -> str:
@@ -342,11 +362,15 @@ def _one_sentence(error: ValidationError) -> str:
             problems.append(f"unknown key {key!r}; remove it or correct its spelling")
         elif problem["type"] == "missing":
             problems.append(f"missing key {key!r}; state its value")
+        elif problem["type"].startswith("union_tag"):
+            told = (
+                "is missing" if problem["type"] == "union_tag_not_found" else f"{problem['input']['name']!r} is unknown"
+            )
+            problems.append(f"task.name {told}; give one of {', '.join(TASKS)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(
-                f"{key}: {message} (got {problem['input']!r})" if not key.startswith("settings") else message
-            )
+            given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            problems.append(f"{key}: {message}{given}" if path else message)
     return "; ".join(problems)
 
 

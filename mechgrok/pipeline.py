@@ -56,11 +56,12 @@ def run(
     if scheduler is not None:
         check_scheduler(scheduler)
     config = load_config(source)
-    check_device(config.train)
-    split = make_split(config.task, config.seed)
-    names = component_names(config, split)  # a name that the model lacks is refused before any work
-    check_data(config, split)
-    directory = RunDirectory.create(out or Path("runs") / config.name, config)
+    path = Path(out or Path("runs") / config.name)
+    if not (path / "llc.nc").exists():  # a run that has ended is only read
+        check_device("train.device", getattr(config.train, "device", "cpu"))
+        check_device("llc.sampling.device", config.llc.sampling.device if scheduler is None else "cpu")
+    split, names = _checked(config)
+    directory = RunDirectory.create(path, config)
     with directory.locked():
         trajectory = train(directory, split, lambda done, total: progress("training", done, total))
         split = with_reference(directory, split, train)
@@ -76,8 +77,11 @@ def train_only(
 ) -> Trajectory:
     """The first part of `run`: the trajectory alone."""
     config = load_config(source)
-    split = make_split(config.task, config.seed)
-    directory = RunDirectory.create(out or Path("runs") / config.name, config)
+    path = Path(out or Path("runs") / config.name)
+    if not (path / "checkpoints").exists():
+        check_device("train.device", getattr(config.train, "device", "cpu"))
+    split, _ = _checked(config)
+    directory = RunDirectory.create(path, config)
     with directory.locked():
         return train(directory, split, lambda done, total: progress("training", done, total))
 
@@ -96,15 +100,14 @@ def import_run(
     config = load_config(config)
     if not isinstance(config.train, ImportedConfig):
         raise ConfigError('[train] of the config describes training; for an import it is source = "imported" and steps')
-    split = make_split(config.task, config.seed)
-    component_names(config, split)
-    check_data(config, split)
+    split, _ = _checked(config)
     found = open_source(source)
     check_fits(found, config.model, split, config.train.checkpoints)
     directory = RunDirectory.create(out or Path("runs") / config.name, config)
     with directory.locked():
+        trajectory = import_trajectory(directory, split, found, lambda done, total: progress("importing", done, total))
         directory.write_json("import.json", {"kind": found.kind, "source": found.name})
-        return import_trajectory(directory, split, found, lambda done, total: progress("importing", done, total))
+    return trajectory
 
 
 def import_template(source: str) -> RunConfig:
@@ -216,6 +219,14 @@ def with_reference(directory: RunDirectory, split: Split, make: Callable[[RunDir
             drawn = with_drawn_targets(model, sampled_examples(config, split), rng)
             return replace(split, distributions={**split.distributions, REFERENCE: drawn})
     return split
+
+
+def _checked(config: RunConfig) -> tuple[Split, tuple[str, ...]]:
+    """The split and the components' names; what the model or the data lack is refused before any work."""
+    split = make_split(config.task, config.seed)
+    names = component_names(config, split)
+    check_data(config, split)
+    return split, names
 
 
 def follow(

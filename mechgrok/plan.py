@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mechgrok.components import expand_names
 from mechgrok.config import REFERENCE, RefinementConfig, RunConfig
-from mechgrok.errors import ConfigError
+from mechgrok.errors import ComponentError, ConfigError
 from mechgrok.llc.curve import Unit, assemble_curve
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
@@ -13,7 +13,7 @@ from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split
 
 def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
     """The components that are followed, by name. Raises ComponentError for one that the model lacks."""
-    return expand_names(build_model(config.model, split, config.seed), config.llc.components)
+    return _expanded(config, split, config.llc.components, "llc.components")
 
 
 def check_data(config: RunConfig, split: Split) -> None:
@@ -23,7 +23,7 @@ def check_data(config: RunConfig, split: Split) -> None:
     if config.llc.refinements and taken:
         raise ConfigError(f"the task's distribution {min(taken)!r} has a name that the run needs itself; rename it")
     for refinement in config.llc.refinements:
-        expand_names(build_model(config.model, split, config.seed), refinement.components)
+        refined_names(config, split, refinement)
         if refinement.distribution == REFERENCE:
             continue
         if refinement.distribution not in split.distributions:
@@ -59,7 +59,14 @@ def plan_units(config: RunConfig, names: Sequence[str], split: Split, steps: Seq
 
 def refined_names(config: RunConfig, split: Split, refinement: RefinementConfig) -> tuple[str, ...]:
     """The components of a refinement, by name."""
-    return expand_names(build_model(config.model, split, config.seed), refinement.components)
+    return _expanded(config, split, refinement.components, f"components of refinement {refinement.distribution!r}")
+
+
+def _expanded(config: RunConfig, split: Split, names: Sequence[str], key: str) -> tuple[str, ...]:
+    try:
+        return expand_names(build_model(config.model, split, config.seed), names)
+    except ComponentError as error:
+        raise ComponentError(f"{key}: {error}") from None
 
 
 def curve_of(

@@ -212,7 +212,10 @@ class RunDirectory:
         if not intact:
             raise CheckpointError(f"{path} was altered since mechgrok wrote it (SHA-256 differs); {_REMEDY}")
         if record["config"] != self.digest:
-            raise CheckpointError(f"{path} belongs to another configuration; {_REMEDY}")
+            raise CheckpointError(
+                f"{path} belongs to another configuration than {self.path / CONFIG}, which was changed since; "
+                "put it back as it was, or choose another --out"
+            )
         return tensors, record
 
 

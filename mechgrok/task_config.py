@@ -4,17 +4,23 @@ import math
 import os.path
 import re
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 MAX_P = 1000
+PRIMES = tuple(p for p in range(5, MAX_P + 1) if all(p % k for k in range(2, int(p**0.5) + 1)))
+MAX_CONTEXT = 2**16
+LARGEST = 1e18  # float32 holds its square too
 STANDARD_LIBRARY = ("code", "prose")
 SMALLEST_VOCABULARY = 257
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class Settings(BaseModel):
@@ -33,12 +39,15 @@ class ModularAdditionConfig(Settings):
 
     @model_validator(mode="after")
     def _p_is_usable(self) -> Self:
-        if self.p < 5 or any(self.p % k == 0 for k in range(2, int(self.p**0.5) + 1)):
+        if self.p > MAX_P:
+            raise ValueError(
+                f"p must be at most {MAX_P}, as all p^2 pairs are used in every step, got {self.p}; try {PRIMES[-1]}"
+            )
+        if self.p not in PRIMES:
             # An even p has a Nyquist row and a composite p has frequencies that do not tell all
             # residues apart; the Fourier measures assume neither.
-            raise ValueError(f"p must be a prime of at least 5, got {self.p}; try {_next_prime(self.p)}")
-        if self.p > MAX_P:
-            raise ValueError(f"p must be at most {MAX_P}, as all p^2 pairs are used in every step, got {self.p}")
+            near = next((prime for prime in PRIMES if prime >= self.p), PRIMES[-1])
+            raise ValueError(f"p must be a prime of at least 5, got {self.p}; try {near}")
         return self
 
 
@@ -73,7 +82,7 @@ class PlantedLanguageConfig(Settings):
     """
 
     name: Literal["planted-language"]
-    n_ctx: Annotated[int, Field(ge=8)]
+    n_ctx: Annotated[int, Field(ge=8, le=MAX_CONTEXT)]
     n_train: PositiveInt
     n_test: PositiveInt
     n_refined: PositiveInt
@@ -118,7 +127,7 @@ class _LanguageSettings(Settings):
     are held out ("test") or trained on ("train").
     """
 
-    n_ctx: Annotated[int, Field(ge=2)]
+    n_ctx: Annotated[int, Field(ge=2, le=MAX_CONTEXT)]
     n_train: PositiveInt
     n_test: PositiveInt
     test_fraction: Fraction
@@ -223,10 +232,4 @@ class HuggingFaceConfig(_LanguageSettings):
 TaskConfig = Annotated[
     ModularAdditionConfig | PlantedLanguageConfig | TextConfig | HuggingFaceConfig, Field(discriminator="name")
 ]
-
-
-def _next_prime(n: int) -> int:
-    candidate = max(n, 5)
-    while any(candidate % k == 0 for k in range(2, int(candidate**0.5) + 1)):
-        candidate += 1
-    return candidate
+TASKS = tuple(get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(TaskConfig)[0]))

@@ -59,7 +59,7 @@ def train(run: RunDirectory, split: Split, progress: Progress = lambda done, tot
     config = run.config.train
     steps = planned_steps(config)
     if isinstance(config, TrainConfig) and not all(run.has_checkpoint(step) for step in steps):
-        check_device(config)
+        check_device("train.device", config.device)
         with reproducible(config.n_threads), matmul_precision("float32"):
             _train_to_the_end(run, split, config, steps, progress)
     return load_trajectory(run, split)
@@ -91,18 +91,19 @@ def import_trajectory(
                 continue
             metrics = _metrics(model, split, step, config.llc.n_examples is None)
             if not math.isfinite(metrics.train_loss):
-                raise CheckpointError(f"the loss of {source.name} at step {step} is not finite; leave that step out")
+                raise CheckpointError(
+                    f"the loss of {source.name} at step {step} is not finite; "
+                    "leave that step out of train.checkpoints and choose another --out"
+                )
             run.write_checkpoint(parameters, metrics)
         progress(len(steps), len(steps))
     return load_trajectory(run, split)
 
 
-def check_device(config: TrainConfig | ImportedConfig) -> None:
-    """Raise ConfigError if the device that is to train is not there."""
-    if isinstance(config, TrainConfig) and config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.device is cuda, and this torch sees no such device; install a CUDA build, or set it to cpu"
-        )
+def check_device(key: str, device: str) -> None:
+    """Raise ConfigError if the device that the setting `key` asks for is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key} is cuda, and this torch sees no such device; install a CUDA build, or set it to cpu")
 
 
 def load_trajectory(run: RunDirectory, split: Split) -> Trajectory:
@@ -138,7 +139,9 @@ def _train_to_the_end(
         if step in steps and not (step == resumed and run.has_checkpoint(step)):
             metrics = _metrics(model, split, step, config.batch_size is None)
             if not math.isfinite(metrics.train_loss):
-                raise ConfigError(f"training diverged by step {step}: lower train.learning_rate and start a new run")
+                cause = "train.learning_rate or train.weight_decay" if step else "model.init_std"
+                what = f"training diverged by step {step}" if step else "the loss of the untrained model is not finite"
+                raise ConfigError(f"{what}: lower {cause} and choose another --out")
             run.write_checkpoint(dict(model.named_parameters()), metrics)
             run.write_training_state(step, _state_tensors(model, optimizer))
             progress(step, config.n_steps)

@@ -37,6 +37,9 @@ class Examples:
     weights: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "targets", "weights"):
+            kind = type(getattr(self, name))
+            _expect(issubclass(kind, Tensor), f"{name} must be a torch.Tensor, got {kind.__name__}; convert it")
         shape = self.tokens.shape
         _expect(len(shape) == 2 and shape[0] > 0, f"tokens must be [example, pos] and not empty, got {tuple(shape)}")
         for name in ("targets", "weights"):
@@ -45,6 +48,8 @@ class Examples:
         for name in ("tokens", "targets"):
             dtype = getattr(self, name).dtype
             _expect(dtype == torch.int64, f"{name} must be int64, got {dtype}")
+        usable = bool((self.weights.isfinite() & (self.weights >= 0)).all())
+        _expect(usable, "weights must be finite and not negative; a position that is not scored has weight 0")
         _expect(bool((self.weights.sum(1) > 0).all()), "every example needs a position of positive weight")
 
     def __len__(self) -> int:
@@ -328,6 +333,8 @@ class Claim:
     null_quantile: share of random placements whose value is less in favour of the claim, ties
     counted half; .5 when the value does not depend on where the stages lie; None before scoring,
     and where there is nothing to compare.
+    chance: how probable it is that the claim holds where there is nothing to find, of claims whose value does not
+    depend on stages and where that is known: the level of a test, or one in so many of a first rank.
     """
 
     text: str
@@ -336,6 +343,7 @@ class Claim:
     threshold: float
     relation: Literal[">=", "<="] = ">="
     null_quantile: float | None = None
+    chance: float | None = None
 
     @property
     def holds(self) -> bool:

@@ -140,6 +140,10 @@ class _Losses(torch.nn.Module):
         ("L0H0+L0", "overlap"),
         ("L0H0+", "unknown component ''"),
         ("L0.mlp", "attention-only"),
+        ("L00H00", "unknown component 'L00H00'"),
+        ("L00", "unknown component 'L00'"),
+        ("L\u0663H0", "unknown component 'L\u0663H0'"),
+        ("L" + 5000 * "9" + "H0", f"unknown component 'L{39 * '9'}'; use model"),
     ],
 )
 def test_a_name_that_does_not_fit_is_refused(name: str, message: str) -> None:

@@ -8,6 +8,7 @@ from mechgrok.errors import ConfigError
 from tests.oracles import tiny_config
 
 TOML = tiny_config().to_toml()
+TASKS = "modular-addition, planted-language, text, hugging-face"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -44,7 +45,38 @@ def test_toml_keeps_every_number_and_the_digest_tells_them_apart(nbeta, step, ga
         (("train_fraction = 0.7", "train_fraction = 1.5"), "task.train_fraction"),
         (("nbeta = 10.0", "nbeta = -1.0"), "nbeta"),
         (("nbeta = 10.0", "nbeta = nan"), "nbeta"),
-        (("nbeta = 10.0", "betta = 10.0"), "unknown key 'betta'"),
+        (("p = 7", "p = 1000"), "task: p must be a prime of at least 5, got 1000; try 997"),
+        (("p = 7", f"p = 1{40 * '0'}"), f"got 1{40 * '0'}; try 997"),
+        (("p = 7", f"p = 1{5000 * '0'}"), "not valid TOML"),
+        (('name = "modular-addition"\n', ""), f"my.toml: task.name is missing; give one of {TASKS}"),
+        (("modular-addition", "addition"), f"my.toml: task.name 'addition' is unknown; give one of {TASKS}"),
+        (("nbeta = 10.0", "nbeta = 10.0\nnbetta = 3"), "my.toml: unknown key 'llc.sampling.nbetta'"),
+        (
+            ("nbeta = 10.0", "nbeta = 1e300"),
+            "llc.sampling.nbeta: Input should be less than or equal to 1000000000000000000 (got 1e",
+        ),
+        (("step_size = 0.001", "step_size = 1e300"), "llc.sampling.step_size: Input should be less than or equal"),
+        (
+            ("n_draws = 32", "n_draws = 10_000_001"),
+            "llc.sampling.n_draws: Input should be less than or equal to 10000000",
+        ),
+        (
+            ("n_burnin = 8", "n_burnin = 10_000_001"),
+            "llc.sampling.n_burnin: Input should be less than or equal to 1000",
+        ),
+        (
+            ("n_chains = 2", "n_chains = 1048577"),
+            "llc.sampling.n_chains: Input should be less than or equal to 1048576",
+        ),
+        (("batch_size = 8", "batch_size = 1048577"), "llc.sampling.batch_size: Input should be less than or equal to"),
+        (("d_model = 16", "d_model = 1048577"), "model.d_model: Input should be less than or equal to 1048576"),
+        (
+            ("d_model = 16", "d_model = 16\nn_ctx = 1048577"),
+            "model.n_ctx: Input should be less than or equal to 1048576",
+        ),
+        (("d_model = 16", "d_model = 16\nd_vocab = 1048577"), "model.d_vocab: Input should be less than or equal to"),
+        (("d_model = 16", "d_model = 16\nn_ctx = 300_000"), "takes 90 GB, more than 70; make it smaller"),
+        (("d_mlp = 16", "d_mlp = 1048577"), "model.d_mlp: Input should be less than or equal to 1048576"),
         (("n_chains = 2", "n_chains = 1"), "n_chains"),
         (('"model",', ""), 'components must hold "model"'),
         (("control_localization = 400.0", "control_localization = 200.0"), "must differ"),
@@ -69,3 +101,31 @@ def test_unknown_presets_and_missing_files_say_what_there_is() -> None:
 def test_llc_config_built_by_hand_raises_our_error() -> None:
     with pytest.raises(ConfigError, match="missing key 'localization'"):
         LLCConfig(nbeta=1.0, step_size=1e-3)  # ty: ignore
+
+
+def test_chains_and_draws_are_bounded_together() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^LLCConfig: n_chains \* n_draws must be at most 10\^9, got 101 \* 10000000;"
+    ):
+        LLCConfig(nbeta=1.0, step_size=1e-3, localization=1.0, n_chains=101, n_draws=10**7)
+
+
+def test_a_refinement_of_nothing_is_refused() -> None:
+    nothing = 'refinements = [{ distribution = "reference", reference_layers = 1, components = [] }]'
+    with pytest.raises(ConfigError, match=r"^my.toml: llc.refinements.0.components: Tuple should have at least 1 item"):
+        parse_config(TOML.replace("refinements = []", nothing), "my.toml")
+
+
+def test_a_parallel_mlp_that_is_not_there_is_refused() -> None:
+    text = TOML.replace("d_mlp = 16\n", "").replace("parallel_attn_mlp = false", "parallel_attn_mlp = true")
+    with pytest.raises(ConfigError) as error:
+        parse_config(text, "my.toml")
+    message = "parallel_attn_mlp needs an MLP beside the attention: give d_mlp, or leave it out"
+    assert str(error.value) == f"my.toml: model: {message}"
+
+
+def test_a_calibration_of_a_run_without_localization_gives_a_config() -> None:
+    free = tiny_config(llc={"sampling": tiny_config().llc.sampling.model_dump() | {"localization": 0.0}})
+    found = free.with_sampling(tiny_config().llc.sampling)
+    assert (found.llc.sampling.localization, found.llc.control_localization) == (200.0, 400.0)
+    assert parse_config(found.to_toml(), "calibrated.toml") == found

@@ -142,7 +142,12 @@ BAD = [
     ({"data": torch.zeros(8)}, ShapeError, r"write \(x,\)"),
     ({"data": (torch.tensor(1.0),)}, ShapeError, "common first axis"),
     ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())}, ConfigError, "call module.eval"),
+    ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))}, ConfigError, "call module.eval"),
     ({"loss_fn": None}, ConfigError, "loss_fn"),
+    ({"loss_fn": lambda module, x: None}, ShapeError, "one loss per example .*got NoneType"),
+    ({"component": ["L0H1"]}, ComponentError, r"a name, a Component or a dict of masks, got \['L0H1'\]"),
+    ({"component": ("L0H0", "L0H1")}, ComponentError, "one component at a time"),
+    ({"config": {"nbeta": 3}}, ConfigError, "config must be an LLCConfig, got dict"),
     ({"loss_fn": lambda module, x: module.w.sum()}, ShapeError, "one loss per example"),
     ({"component": "L0H1"}, ComponentError, "need a HookedTransformer"),
     ({"component": {"v": None}}, ComponentError, "no parameter 'v'"),
@@ -233,6 +238,13 @@ def test_tokens_and_targets_outside_the_vocabulary_are_refused() -> None:
             mg.estimate_llc(build(), bad, config=CONFIG, seed=0)
 
 
+def test_rows_longer_than_the_context_are_refused() -> None:
+    train, n_ctx = SPLIT.train, build().cfg.n_ctx
+    twice = Examples(*(torch.cat([part, part], 1) for part in (train.tokens, train.targets, train.weights)))
+    with pytest.raises(ShapeError, match=f"a context of {n_ctx}, got rows of {twice.tokens.shape[1]} tokens"):
+        mg.estimate_llc(build(), twice, config=CONFIG, seed=0)
+
+
 def test_a_curve_refuses_repeated_steps_and_components_and_bad_names() -> None:
     model = build()
     for models, names, error in (
@@ -255,6 +267,10 @@ def test_examples_are_checked() -> None:
         {"weights": torch.zeros(2, 3)},
         {"tokens": torch.zeros(2, 3)},
         {"tokens": torch.zeros(0, 3, dtype=torch.int64)},
+        {"tokens": [[0, 0, 0], [0, 0, 0]]},
+        {"targets": np.zeros((2, 3), dtype=np.int64)},
+        {"weights": torch.tensor([[1.0, 1.0, -0.5], [1.0, 1.0, 1.0]])},
+        {"weights": torch.tensor([[1.0, 1.0, torch.inf], [1.0, 1.0, 1.0]])},
     ):
         with pytest.raises(ShapeError):
             Examples(**({"tokens": tokens, "targets": tokens, "weights": weights} | bad))

@@ -128,8 +128,9 @@ def test_a_run_of_imported_checkpoints_is_the_run_that_was_trained(tmp_path: Pat
     call("import", folder, "--config", tmp_path / "my.toml", "--out", out)
     last = folder / f"step-{study.trajectory.steps[-1]}.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(last).items() if "." in name}, last)
-    message = call("import", folder, "--config", tmp_path / "my.toml", "--out", out, code=2)
-    assert "holds another checkpoint at step 40" in message
+    told = (out / "import.json").read_text()
+    message = call("import", folder.rename(tmp_path / "other"), "--config", tmp_path / "my.toml", "--out", out, code=2)
+    assert "holds another checkpoint at step 40" in message and (out / "import.json").read_text() == told
     (out / "checkpoints" / "step-00000040.safetensors").unlink()
     assert "lacks the imported checkpoint of step 40; run `mechgrok import" in call(
         "train", out / "config.toml", "--out", out, code=2
@@ -225,7 +226,10 @@ def spoiled(folder: Path, how: str) -> None:
         ("shape", r"step_000000.safetensors: parameter embed.W_E has shape \(17, 16\), the model needs \(18, 16\)"),
         ("names", r"missing \['blocks.0.attn.W_K', .*\] and 5 more, unknown \[\]; correct \[model\]"),
         ("integers", "embed.W_E is torch.int32, which is no kind of weight"),
-        ("not finite", "the loss of .* at step 0 is not finite"),
+        (
+            "not finite",
+            "the loss of .* at step 0 is not finite; leave .* out of train.checkpoints and choose another --out$",
+        ),
         ("missing", "has no checkpoint at step 2000; it has 0, 100$"),
         ("duplicate", "step-2000.safetensors and .*step_002000.safetensors are both step 2000"),
         ("nameless", "final.safetensors names no step; call it step-100.safetensors"),

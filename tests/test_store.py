@@ -107,6 +107,28 @@ def test_foreign_safetensors_and_other_configurations_are_refused(copied: Path, 
         pipeline.load_study(copied)
 
 
+def test_a_changed_config_toml_is_blamed_and_not_the_files_made_before(copied: Path) -> None:
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace("nbeta = 10.0", "nbeta = 11.0"))
+    with pytest.raises(CheckpointError) as error:
+        pipeline.run(config, copied, n_workers=1)
+    path = copied / "checkpoints" / "step-00000000.safetensors"
+    assert str(error.value) == (
+        f"{path} belongs to another configuration than {config}, which was changed since; "
+        "put it back as it was, or choose another --out"
+    )
+
+
+def test_a_run_that_has_ended_is_read_without_the_device_that_made_it(
+    tiny_run: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(llc={"sampling": tiny_run[1].config.llc.sampling.model_dump() | {"device": "cuda"}})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "llc.nc").touch()
+    with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):  # and not that cuda is missing
+        pipeline.run(config, tmp_path, n_workers=1)
+
+
 def test_a_changed_config_is_refused_and_nothing_is_lost(tiny_run: tuple) -> None:
     path = tiny_run[0]
     before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))

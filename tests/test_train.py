@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechgrok.config import load_config
+from mechgrok.errors import ConfigError
 from mechgrok.model import build_model, evaluate, model_losses
 from mechgrok.reproducible import reproducible
 from mechgrok.store import RunDirectory
@@ -102,3 +103,20 @@ def test_training_fits_the_training_set_and_progress_is_told(tmp_path: Path) -> 
     trajectory = train(RunDirectory.create(tmp_path / "run", config), split, lambda *at: told.append(at))
     assert trajectory.metrics[-1].train_accuracy == 1.0
     assert told == [(step, 200) for step in trajectory.steps]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"init_std": 1e18}}, "the loss of the untrained model is not finite: lower model.init_std"),
+        (
+            {"train": {"weight_decay": 1e18}},
+            "training diverged by step 1: lower train.learning_rate or train.weight_decay",
+        ),
+    ],
+)
+def test_what_diverges_is_told_with_what_can_be_the_cause(changes: dict, message: str, tmp_path: Path) -> None:
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigError) as error:
+        train(RunDirectory.create(tmp_path / "run", config), make_split(config.task, config.seed))
+    assert str(error.value) == f"{message} and choose another --out"

@@ -119,7 +119,7 @@ def assemble_curve(
     """A curve from the estimates of all its units. Raises ShapeError if there are none."""
     steps = sorted({step for step, _, at in found if at == config})
     if not steps:
-        raise ShapeError("a curve needs at least one checkpoint; the trajectory is empty")
+        raise ShapeError("a curve needs at least one checkpoint and one component; there are none")
 
     def grid(read: Callable[[LLCEstimate], float]) -> np.ndarray:
         return np.array([[read(found[step, name, config]) for step in steps] for name in components])

@@ -9,6 +9,7 @@ import torch
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
+from mechgrok.errors import ComponentError, ConfigError
 from mechgrok.llc.bias import step_size_bias
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.reproducible import matmul_precision
@@ -61,6 +62,10 @@ def estimate_llc(
 
     Source: Lau et al. 2023 (arXiv:2308.12108); refined: Wang et al. 2024 (arXiv:2410.02984).
     """
+    if not isinstance(config, LLCConfig):
+        raise ConfigError(f"config must be an LLCConfig, got {type(config).__name__}; write LLCConfig(nbeta=..., ...)")
+    if isinstance(component, tuple):
+        raise ComponentError('one component at a time: write "L0H0+L0H1" for both heads as one, or call this for each')
     problem = make_problem(model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
     estimate = estimate_problem(problem, config, seed)

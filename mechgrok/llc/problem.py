@@ -149,6 +149,8 @@ def _hooked(
     ):
         if int(values.min()) < 0 or int(values.max()) >= size:
             raise ShapeError(f"{what} must lie in 0 ... {size - 1}, got {int(values.min())} ... {int(values.max())}")
+    if examples.tokens.shape[1] > model.cfg.n_ctx:
+        raise ShapeError(f"the model has a context of {model.cfg.n_ctx}, got rows of {examples.tokens.shape[1]} tokens")
     asked = component if isinstance(component, tuple) else ("model" if component is None else component,)
     components = tuple(named(model, one) if isinstance(one, str) else _resolve(model, one) for one in asked)
     model = canonicalize(model) if canonical else model
@@ -218,15 +220,18 @@ def _module(
         raise ShapeError(f"data must be tensors with a common first axis, not empty; got lengths {sorted(lengths)}")
     if isinstance(component, str):
         raise ComponentError(f"names such as {component!r} need a HookedTransformer; pass a dict of masks instead")
-    if any(isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training for part in module.modules()):
-        raise ConfigError("the module is in train mode and has dropout, so its loss is random; call module.eval()")
+    changing = torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm
+    if any(isinstance(part, changing) and part.training for part in module.modules()):
+        raise ConfigError(
+            "the module is in train mode and has dropout or batch normalization, so its loss is random or depends on "
+            "the other examples; call module.eval()"
+        )
     resolved = _resolve(module, component)
     with torch.no_grad():
         init_losses = loss_fn(module, *tensors)
-    if init_losses.shape != tensors[0].shape[:1]:
-        raise ShapeError(
-            f"loss_fn must return one loss per example [{len(tensors[0])}], got {tuple(init_losses.shape)}"
-        )
+    if not isinstance(init_losses, Tensor) or init_losses.shape != tensors[0].shape[:1]:
+        got = tuple(init_losses.shape) if isinstance(init_losses, Tensor) else type(init_losses).__name__
+        raise ShapeError(f"loss_fn must return one loss per example [{len(tensors[0])}], got {got}")
     potential = ModulePotential(module, loss_fn, tensors, resolved)
     return Problem(module, loss_fn, tensors, (resolved,), potential, init_losses.double(), chance)
 
@@ -235,6 +240,8 @@ def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor
     own = dict(module.named_parameters())
     if component is None:
         return Component("model", dict.fromkeys(own), sum(parameter.numel() for parameter in own.values()))
+    if not isinstance(component, Component | Mapping):
+        raise ComponentError(f"component must be a name, a Component or a dict of masks, got {component!r}")
     masks = component.masks if isinstance(component, Component) else dict(component)
     for name, mask in masks.items():
         if name not in own:

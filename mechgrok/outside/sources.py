@@ -53,13 +53,15 @@ class StateDicts:
         try:
             model = model_from_parameters(config, split, parameters)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}; correct [model] of the config") from None
+            raise CheckpointError(f"{path}: {error}; correct [model] of the config and choose another --out") from None
         for name, buffer in model.named_buffers():
             if "rotary" not in name or name not in state:
                 continue
             n_pos = min(len(buffer), len(state[name]))  # a table begins alike for every length
             if not _agree(buffer[:n_pos], state[name][:n_pos], TABLE_TOLERANCE):
-                raise CheckpointError(f"{path}: {name} is another table; correct the rotary settings of [model]")
+                raise CheckpointError(
+                    f"{path}: {name} is another table; correct the rotary settings of [model] and choose another --out"
+                )
         return model
 
 
