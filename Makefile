@@ -43,9 +43,10 @@ bench-job: .venv/installed
 bench-accuracy: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy --write docs/accuracy.md
 
-# Three seeds of heads-planted and of its control: about an hour.
+# Three seeds of heads-planted and of its control, and seed 0's heads at other sampling settings: about an hour.
 bench-heads: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.head_seeds --write docs/heads-seeds.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.head_settings --write docs/heads-settings.md
 
 # What `calibrate` recommends on four kinds of problem.
 bench-calibration: .venv/installed

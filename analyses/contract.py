@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 from mechgrok import seeds
 from mechgrok.config import RunConfig
 from mechgrok.errors import AnalysisError
+from mechgrok.measures.kinds import with_kinds
 from mechgrok.model import build_model
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
@@ -24,6 +25,7 @@ from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Stu
 Series = Mapping[str, np.ndarray]  # name -> [checkpoint, ...]; "step" is always among them
 Relation = Literal[">=", "<="]
 
+FEW_ROWS = 8
 CONCENTRATED = 0.25  # the `concentration` from which growth is said to belong to a stage
 
 
@@ -64,9 +66,23 @@ def load(name: str) -> Analysis:
 
 
 def check(name: str, config: RunConfig) -> None:
-    """Raise AnalysisError, before any work, if the analysis is unknown or cannot read the configured model."""
+    """Raise AnalysisError, before any work, if the analysis is unknown or cannot read the configured task or model."""
+    _check_task(load(name), config.task.name)
     split = make_split(config.task, config.seed)
-    _prepared(load(name), build_model(config.model, split, config.seed), split)
+    _prepared(load(name), build_model(config.model, split, config.seed), with_kinds(_few(split)))
+
+
+def _check_task(analysis: Analysis, task: str) -> None:
+    if task not in analysis.TASKS:
+        raise AnalysisError(f"analysis {analysis.NAME!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
+
+
+def _few(split: Split) -> Split:
+    """The split with few rows of each kind of data, on which what cannot be computed shows at once."""
+    train, test = (of.first(FEW_ROWS) for of in (split.train, split.test))
+    others = {name: of.first(FEW_ROWS) for name, of in split.distributions.items()}
+    kinds = None if split.kinds is None else split.kinds[:FEW_ROWS]
+    return replace(split, train=train, test=test, distributions=others, kinds=kinds)
 
 
 def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dict[str, Any]:
@@ -89,13 +105,12 @@ def run(name: str, study: Study, n_workers: int = 1) -> Report:
         AnalysisError: an unknown analysis, or one that does not apply to the study's task.
     """
     analysis = load(name)
-    task = study.config.task.name
-    if task not in analysis.TASKS:
-        raise AnalysisError(f"analysis {name!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
+    _check_task(analysis, study.config.task.name)
     final = study.trajectory.model_at(study.trajectory.steps[-1])
-    facts = _prepared(analysis, final, study.split)
+    split = with_kinds(study.split)
+    facts = _prepared(analysis, final, split)
     steps = np.array(study.trajectory.steps)
-    work = partial(_measure, name, study.trajectory, study.split, facts)
+    work = partial(_measure, name, study.trajectory, split, facts)
     shares = [study.trajectory.steps[first::n_workers] for first in range(n_workers)]
     found = {step: row for rows in each_result(work, shares, n_workers) for step, row in rows.items()}
     rows = [found[step] for step in study.trajectory.steps]
@@ -155,12 +170,23 @@ def strongest(stages: Sequence[Stage], direction: Direction) -> Stage | None:
 
 
 def claim(
-    text: str, stage: Stage | None, value: Callable[[Stage], float], threshold: float, relation: Relation = ">="
+    text: str,
+    stage: Stage | None,
+    value: Callable[[Stage], float],
+    threshold: float,
+    relation: Relation = ">=",
+    chance: float | None = None,
 ) -> Claim:
     """A claim about a stage; where there is no such stage its value is NaN, and it does not hold."""
     if stage is None:
-        return Claim(text, "none", float("nan"), threshold, relation)
-    return Claim(text, stage.name, float(value(stage)), threshold, relation)
+        return Claim(text, "none", float("nan"), threshold, relation, chance=chance)
+    return Claim(text, stage.name, float(value(stage)), threshold, relation, chance=chance)
+
+
+def end_of(stages: Sequence[Stage], series: Series) -> Stage:
+    """The last stage, for claims about the end of a run; where there are no stages, the run as a whole."""
+    start, end = (float(step) for step in series["step"][[0, -1]])
+    return stages[-1] if stages else Stage("run", "plateau", start, end, None, None, float("nan"), None)
 
 
 def at(series: Series, name: str, step: float) -> float:

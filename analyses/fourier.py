@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, at, change, claim, concentration, mean_over, strongest
+from analyses.contract import CONCENTRATED, Series, at, change, claim, concentration, end_of, mean_over, strongest
 from mechgrok import plotting
 from mechgrok.errors import AnalysisError
 from mechgrok.measures import fourier
@@ -93,7 +93,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim(
             "without the key frequencies the final model is worse than guessing (excluded loss less ln p, nats)",
-            stages[-1] if stages else None, lambda s: at(series, "excluded_loss", s.end) - guessing, 0.0,
+            end_of(stages, series), lambda s: at(series, "excluded_loss", s.end) - guessing, 0.0,
         ),
         claim(
             "neurons become single-frequency while the LLC falls (share of the gain, less that of time)",
@@ -113,7 +113,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim(
             "neurons of the final model are single-frequency (share)",
-            stages[-1] if stages else None, lambda s: at(series, "single_frequency_neurons", s.end), 0.5,
+            end_of(stages, series), lambda s: at(series, "single_frequency_neurons", s.end), 0.5,
         ),
         claim(
             "squared weights shrink while the LLC falls (relative change)",

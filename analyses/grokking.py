@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, at, claim, concentration, llc_change, strongest
+from analyses.contract import CONCENTRATED, Series, at, claim, concentration, end_of, llc_change, strongest
 from mechgrok import plotting
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.model import evaluate
@@ -36,7 +36,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     marks = landmarks(series["step"], series["train_accuracy"], series["test_accuracy"])
     delay = marks["generalized"] - marks["memorized"]
     at_memorization = at(series, "test_accuracy", marks["memorized"])
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
     hump = falling if rising and falling and rising.start < falling.start else None
 
     def hump_size(of: LLCCurve | None) -> float:

@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import Series, claim
+from analyses.contract import Series, claim, end_of
 from mechgrok import plotting
-from mechgrok.components import HEAD_NAME
+from mechgrok.components import head_layer
 from mechgrok.measures.clustering import Method, agreement, cluster, perturbed, resample, standardize, types_test
 from mechgrok.measures.head_types import typed_heads
 from mechgrok.stages import usable_points
@@ -78,7 +78,7 @@ def derive(
         in a cluster of the primary clustering.
     """
     heads = facts["heads"]
-    layers = np.array([_layer(head) for head in heads])
+    layers = np.array([head_layer(head) for head in heads])
     types = _codes(facts["types"])
     values, error, usable = _aligned(curve, heads)
     draws = list(perturbed(values, error, N_DRAWS, rng))
@@ -117,7 +117,7 @@ def _clusters(
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Clusters and types, by the primary clustering; then the other variants of the curves, as they come."""
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
 
     def of(name: str, variant: Variant) -> Callable[[Stage], float]:
         return lambda stage: float(series[name][VARIANTS.index(variant)])
@@ -127,14 +127,17 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         claim(
             f"clusters of wrLLC curves agree with the heads' types ({PRIMARY}: the primary clustering; p-value of the "
             "adjusted Rand index, types permuted within layers)",
-            last, of("p_value", PRIMARY), ALPHA, "<=",
+            last, of("p_value", PRIMARY), ALPHA, "<=", ALPHA,
         ),
         claim(
             f"the clusters stand when the curves are drawn within their errors ({PRIMARY}; mean adjusted Rand index)",
             last, of("stability", PRIMARY), STABLE,
         ),
         *(
-            claim(f"beside it: they agree with types ({variant}; p-value)", last, of("p_value", variant), ALPHA, "<=")
+            claim(
+                f"beside it: they agree with types ({variant}; p-value)",
+                last, of("p_value", variant), ALPHA, "<=", ALPHA,
+            )  # fmt: skip
             for variant in others
         ),
     ]  # fmt: skip
@@ -163,16 +166,16 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     """The curves of each layer, coloured by the primary clustering."""
     labels = report.derived["cluster"][VARIANTS.index(PRIMARY)]
     heads, curve = report.facts["heads"], study.curve
-    layers = sorted({_layer(head) for head in heads})
+    layers = sorted({head_layer(head) for head in heads})
     fig, axes = plotting.panels(len(layers))
     for ax, layer in zip(axes, layers, strict=True):
         for head, text, label in zip(heads, report.facts["types"], labels, strict=True):
-            if _layer(head) != layer or head not in curve.components:
+            if head_layer(head) != layer or head not in curve.components:
                 continue
             usable, row = usable_points(curve, head), curve.row(head)
             color = f"C{int(label)}" if np.isfinite(label) else "0.6"
             ax.errorbar(curve.steps[usable], curve.llc[row][usable], 1.96 * curve.std_error[row][usable],
-                        color=color, lw=1, elinewidth=0.5, marker=f"${_head(head)}$", label=text)  # fmt: skip
+                        color=color, lw=1, elinewidth=0.5, marker=f"${head.split('H')[1]}$", label=text)  # fmt: skip
         plotting.developmental_axis(ax, study.stages, f"wrLLC, layer {layer}")
         if ax.has_data() and ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=7)
@@ -196,20 +199,6 @@ def _codes(types: Sequence[str]) -> np.ndarray:
     names = [text.split(" ", 1)[1] for text in types]
     known = sorted(set(names) - {"unclear"})
     return np.array([known.index(name) if name in known else np.nan for name in names], dtype=float)
-
-
-def _layer(head: str) -> int:
-    return _match(head, 1)
-
-
-def _head(head: str) -> int:
-    return _match(head, 2)
-
-
-def _match(head: str, part: int) -> int:
-    found = HEAD_NAME.fullmatch(head)
-    assert found is not None
-    return int(found[part])
 
 
 def _mean(values: np.ndarray) -> float:

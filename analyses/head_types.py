@@ -11,9 +11,9 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_change
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
 from mechgrok import plotting, seeds
-from mechgrok.components import head_names
+from mechgrok.components import head_layer, head_names
 from mechgrok.measures.copying import eigenvalue_copying
 from mechgrok.measures.head_types import HEAD_TYPES, TIMES_CHANCE, probe, typed_heads
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
@@ -57,10 +57,23 @@ def measure(
     return series
 
 
+def derive(
+    series: Series, curve: LLCCurve, facts: Mapping[str, Any], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """{"best previous-token", "best prefix matching": [checkpoint]}, the largest score of a head, times chance.
+
+    Of previous-token heads those below the last layer count, whose output an induction head can read; of one layer all.
+    """
+    layer = np.array([head_layer(head) for head in facts["heads"]])
+    read = layer < max(1, layer.max())
+    scores = {"previous-token": series["previous-token"][:, read], "prefix matching": series["prefix matching"]}
+    return {f"best {name}": np.nan_to_num(of, nan=0.0).max(1) for name, of in scores.items()}
+
+
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Does a previous-token head form in one stage, and prefix matching; does the LLC rise there; are heads found?"""
-    best = {"step": series["step"]} | {name: _best(series, name) for name in ("previous-token", "prefix matching")}
-    last = stages[-1] if stages else None
+    best = {name.removeprefix("best "): of for name, of in series.items() if name == "step" or name.startswith("best ")}
+    last = end_of(stages, series)
 
     def where(name: str) -> Stage | None:
         """The stage with most of the growth for its length; random stages may choose theirs as well."""
@@ -131,11 +144,6 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
         plotting.developmental_axis(ax, study.stages, SCORES[name])
     axes[0].legend(frameon=False, fontsize=7, ncols=2)
     return {"What the heads attend to, and what they do": fig}
-
-
-def _best(series: Series, name: str) -> np.ndarray:
-    """The largest score over heads at each checkpoint: [checkpoint]; a head without one does not count."""
-    return np.nan_to_num(series[name], nan=0.0).max(1)
 
 
 def _half(series: Series, name: str) -> float:

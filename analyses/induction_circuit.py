@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_change
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
 from mechgrok import plotting, seeds
 from mechgrok.measures.ablation import ABLATION_KINDS
 from mechgrok.measures.circuits import (
@@ -142,7 +142,7 @@ def derive(
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Is a circuit found and confirmed; in which stage does its K path form; what do the LLCs do there?"""
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
     n_found = float(series["n_found"])
     forming = max(stages, key=lambda stage: np.nan_to_num(concentration(series, "k_effect", stage)), default=None)
 

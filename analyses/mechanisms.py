@@ -3,11 +3,13 @@
 A mechanism's date is the step from which its measure stays past the middle between what it was without the mechanism
 and the best it ever was:
 
-    bigrams         loss on bigram targets (of all targets, where kinds are not known): from ln(vocabulary) on
-    n-grams,        loss on the targets that a planted n-gram or skip n-gram gives: from the loss that bigrams
-    skip n-grams    alone give there, so that what bigrams achieve is not counted
-    previous token  the largest attention of a head to the previous token, on random tokens: from its chance level
-    induction       how much better random tokens are predicted when they come again, in nats: from 0
+    bigrams         loss on bigram targets (of all targets, where those are not known): from ln(vocabulary) on
+    n-grams,        loss on the targets that a planted n-gram or skip n-gram gives, or an n-gram that the test data
+    skip n-grams    hold: from the loss that bigrams alone give there, so that what they achieve is not counted
+    previous token  the largest attention to the previous token, on random tokens, of a head that a later layer can
+                    read: from its chance level
+    induction       how much better random tokens are predicted when they come again in the same order than in another,
+                    in nats: from 0, so that making likely whatever has been seen, in any order, does not count
 
 The interval of a date is that between the two checkpoints around it. The order of mechanisms in language models is
 that of Hoogland et al. 2024 (arXiv:2402.02364); the dates by midpoints are ours.
@@ -15,6 +17,7 @@ that of Hoogland et al. 2024 (arXiv:2402.02364); the dates by midpoints are ours
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +25,9 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_at
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_at
 from mechgrok import plotting, seeds
-from mechgrok.measures.attention import attention_scores
+from mechgrok.measures.attention import attention_scores, shuffle_first
 from mechgrok.measures.head_types import probe
 from mechgrok.measures.in_context import (
     bigram_score,
@@ -70,27 +73,29 @@ def measure(
     """Losses in nats; rows and random tokens are the same at every checkpoint.
 
     "loss"; "by_kind" [kind]; "bigram excess", KL from the training data's bigrams to the model; "previous token", the
-    best head's attention on random tokens; "induction", mean loss on the first copy of random tokens less that on the
-    second; "in-context score", the loss on the last quarter of a row less that on its second eighth.
+    attention of the best head below the last layer, on random tokens; "induction", mean loss on a second copy of random
+    tokens after a shuffled first one, less that after the first one as it was; "in-context score", the loss on the
+    last quarter of a row less that on its second eighth, which is not 0 for bigrams alone if late targets are easier.
     """
     examples = split.test.first(N_EXAMPLES)
-    repeats = probe(split, seeds.stream(0, NAME, "random tokens"))
-    table = bigram_table(split.train.first(len(split.test)), model.cfg.d_vocab, model.cfg.d_vocab_out)
+    drawn = seeds.stream(0, NAME, "random tokens")
+    repeats = probe(split, drawn)
+    shuffled = replace(repeats.examples, tokens=shuffle_first(repeats, drawn))
+    second = repeats.examples.tensors[2] > 0
+    after_order, after_none = (position_losses(model, rows)[second].mean() for rows in (repeats.examples, shuffled))
+    table = bigram_table(split.train, model.cfg.d_vocab, model.cfg.d_vocab_out)
     n_pos = examples.tokens.shape[1]
-    # The probe scores its second copies; here the first are wanted too.
-    rows = type(examples)(repeats.tokens, repeats.targets, (repeats.first | repeats.second).float())
-    losses, n_scored = position_losses(model, rows), rows.tensors[1].shape[1]
-    first, second = repeats.first[:, -n_scored:], repeats.second[:, -n_scored:]
     by_kind: list[float] = []
     if split.kinds is not None:
         by_kind = list(losses_by_kind(model, examples, split.kinds[:N_EXAMPLES], split.kind_names).values())
     previous = attention_scores(model, repeats.examples)["previous-token"]
+    readable = previous.score[: model.cfg.n_heads * max(1, model.cfg.n_layers - 1)]
     return {
         "loss": float((position_losses(model, examples) * examples.tensors[2]).sum() / examples.tensors[2].sum()),
         "by_kind": np.array(by_kind),
         "bigram excess": bigram_score(model, examples, table).excess,
-        "previous token": float(previous.score.max()) - previous.chance,
-        "induction": float(losses[first].mean() - losses[second].mean()),
+        "previous token": float(readable.max()) - previous.chance,
+        "induction": float(after_none - after_order),
         "in-context score": in_context_score(model, examples, (n_pos // 8, n_pos // 4), (3 * n_pos // 4, n_pos)),
     }
 
@@ -111,7 +116,7 @@ def derive(
         at = kinds.index(name)
         return _share(series["by_kind"][:, at], levels[at], 0.0)
 
-    if kinds:
+    if "bigram" in kinds:
         bigrams, floor = series["by_kind"][:, kinds.index("bigram")], levels[kinds.index("bigram")]
     else:
         bigrams, floor = series["loss"], float(series["loss"].min())
@@ -120,9 +125,9 @@ def derive(
         "previous token": _if_ever(series["previous token"], ATTENDED),
         "induction": _if_ever(series["induction"], BENEFIT_NATS),
     }
-    if kinds:
-        progress["n-grams"] = _if_ever(gained("ngram"), LEARNED)
-        progress["skip n-grams"] = _if_ever(gained("skip"), LEARNED)
+    for name, kind in (("n-grams", "ngram"), ("skip n-grams", "skip")):
+        if kind in kinds:
+            progress[name] = _if_ever(gained(kind), LEARNED)
     found = {f"date of {name}": _date(step, values, 0.5) for name, values in progress.items()}
     for name in ORDER:
         found.setdefault(f"date of {name}", np.full(3, np.nan))
@@ -136,7 +141,8 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     start, end = (float(step) for step in series["induction window"])
 
     def stage_of(step: float) -> Stage | None:
-        return next((stage for stage in stages if stage.start <= step <= stage.end), None)
+        """Of the run as a whole, where there are no stages; None for a mechanism that never comes."""
+        return next((stage for stage in stages or [end_of((), series)] if stage.start <= step <= stage.end), None)
 
     def rise(_: Stage) -> float:
         (before, error), (after, other) = llc_at(curve, "model", start), llc_at(curve, "model", end)
@@ -155,11 +161,12 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim(
             "the stage of induction's date is one in which the LLC rises (change)",
-            stage_of(dates[-1]), lambda stage: stage.delta_llc, 0.0,
+            stage_of(dates[-1]) if stages else None, lambda stage: stage.delta_llc, 0.0,
         ),
         claim(
             "induction forms in one stage (share of the growth of its benefit, less that of time)",
-            stage_of(dates[-1]), lambda stage: concentration(series, "induction", stage), CONCENTRATED,
+            stage_of(dates[-1]) if stages else None, lambda stage: concentration(series, "induction", stage),
+            CONCENTRATED,
         ),
     ]  # fmt: skip
 
@@ -189,8 +196,15 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     axes[1].plot(report.steps, report.series["previous token"])
     plotting.developmental_axis(axes[1], study.stages, "attention to the previous token, over chance")
     axes[2].plot(report.steps, report.series["induction"])
-    plotting.developmental_axis(axes[2], study.stages, "gain of the second copy (nats)")
-    return {"What the model uses": fig}
+    plotting.developmental_axis(axes[2], study.stages, "gain of a second copy in order (nats)")
+    fig_context, axes = plotting.panels(2)
+    for ax, name in zip(axes, ("bigram excess", "in-context score"), strict=True):
+        ax.plot(report.steps, report.series[name])
+        plotting.developmental_axis(ax, study.stages, f"{name} (nats)")
+    return {
+        "What the model uses": fig,
+        "How far the model is from bigrams, and how much better it predicts late in a row": fig_context,
+    }
 
 
 def _share(losses: np.ndarray, without: float, floor: float) -> np.ndarray:

@@ -12,6 +12,7 @@ the mean's error is taken as the mean of the errors, the largest that it can be.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of
 from mechgrok import plotting, seeds
 from mechgrok.components import HEAD_NAME
 from mechgrok.config import REFERENCE
@@ -47,7 +48,7 @@ TASKS = ("planted-language", "text", "hugging-face")
 FEW, MANY = 3 * 2**9, 3 * 2**13  # positions of test examples: for some 25 runs at every checkpoint, and for three
 MIN_ROWS = 8
 EVERY, SEARCHED, MEASURED = slice(None), slice(0, None, 2), slice(1, None, 2)  # test examples
-NEEDY, PLAIN = ("close", "ngram"), "bigram"  # kinds of tokens of the planted language
+NEEDY, PLAIN = ("close", "ngram"), ("bigram", "other")  # kinds of tokens: of the planted language, and found in others
 N_DRAWS = 2000
 
 
@@ -77,7 +78,7 @@ def measure(
         Loss that is added, nats. "path", "path_error": [kind], without the dearest path of that kind; "into": [head of
         layer 1, kind], without all paths into one head; "direct": [head of layer 0, kind], without what the head tells
         the logits and no other head. On more examples: "all", "all_error": [kind], without all paths at once; "excess",
-        "excess_error": [kind], by how much that exceeds the same of bigram tokens. Standard errors are over examples.
+        "excess_error": [kind], by how much that exceeds the same of plain tokens. Standard errors are over examples.
         "<mode>-composition": [head of layer 0, head of layer 1], times chance.
     """
     n_kinds, heads = len(facts["kinds"]), range(len(facts["heads of layer 1"]))
@@ -128,7 +129,8 @@ def _all_paths(model: HookedTransformer, split: Split, names: Sequence[str]) -> 
         costs = layer_path_effects(model, part, 0, 1, everything, clean_run(model, part))
         increase[rows, n_pos - costs.shape[1] :] = costs
     means = means_by_kind(increase, examples, kinds, len(names))
-    more = [of.less(means[names.index(PLAIN)]) for of in means] if PLAIN in names else []
+    plain = [mean for mean, name in zip(means, names, strict=True) if name in PLAIN]
+    more = [of.less(plain[0]) for of in means] if plain else []
     unknown = np.full(len(names), np.nan)
     return {
         "all": np.array([of.value for of in means]),
@@ -169,7 +171,7 @@ def derive(
         has fallen from its peak to the end, with "fall_error"; "fall_noise": the 95 % quantile of what noise of these
         errors makes of a curve that never falls, as the largest of many noisy points is the peak. "rise",
         "rise_error": how much layer 1's rises over the same time. Falls and rises are NaN if the peak is the end.
-        "excess_<kind>", "excess_<kind>_error": [checkpoint], of the kinds NEEDY.
+        "all_<kind>", "excess_<kind>" and their "_error": [checkpoint], of the kinds NEEDY.
     """
     steps, llc, error = _layers(curve)
     found: dict[str, np.ndarray | float] = dict.fromkeys(
@@ -188,10 +190,10 @@ def derive(
     of_kinds = {}
     for kind in NEEDY:
         index = facts["kinds"].index(kind) if kind in facts["kinds"] else None
-        for suffix in ("", "_error"):
-            unknown = index is None or "excess" not in series  # a model of one layer has no paths
-            column = np.full(len(series["step"]), np.nan) if unknown else series[f"excess{suffix}"][:, index]
-            of_kinds[f"excess_{kind}{suffix}"] = column
+        for what, suffix in product(("all", "excess"), ("", "_error")):
+            unknown = index is None or what not in series  # a model of one layer has no paths
+            column = np.full(len(series["step"]), np.nan) if unknown else series[f"{what}{suffix}"][:, index]
+            of_kinds[f"{what}_{kind}{suffix}"] = column
     return {"reference_step": steps, "reference_llc": llc, "reference_error": error, **found, **of_kinds}
 
 
@@ -220,7 +222,7 @@ def _fall_of_noise(llc: np.ndarray, error: np.ndarray, rng: np.random.Generator)
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Do multigrams migrate between the layers, and do closing brackets and n-grams need the paths between them?"""
     steps, llc, error = (series[f"reference_{name}"] for name in ("step", "llc", "error"))
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
 
     def moves(stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """(change over the stage, its error), of both layers."""
@@ -244,19 +246,23 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             stages, key=lambda stage: np.nan_to_num(concentration(series, f"excess_{kind}", stage)), default=None
         )
 
-    def excess(kind: str) -> float:
-        return float(series[f"excess_{kind}"][-1] - 1.96 * series[f"excess_{kind}_error"][-1])
+    def surely(name: str) -> float:
+        return float(series[name][-1] - 1.96 * series[f"{name}_error"][-1])
 
     def grown(kind: str, stage: Stage) -> float:
-        more = excess(kind) >= PATH_NATS  # else there is nothing that could have formed
+        more = surely(f"excess_{kind}") >= PATH_NATS  # else there is nothing that could have formed
         return concentration(series, f"excess_{kind}", stage) if more else float("nan")
 
     def needs(kind: str) -> list[Claim]:
         return [
             claim(
-                f"layer 1 needs layer 0 more for {kind!r} than for {PLAIN!r} tokens at the end (loss without all paths "
-                "between them, difference less 1.96 standard errors, nats)",
-                last, lambda s: excess(kind), PATH_NATS,
+                f"layer 1 needs layer 0 for {kind!r} tokens at the end (loss without all paths between them, less 1.96 "
+                "standard errors, nats)",
+                last, lambda s: surely(f"all_{kind}"), PATH_NATS,
+            ),
+            claim(
+                f"it needs it more for {kind!r} than for plain tokens (difference less 1.96 standard errors, nats)",
+                last, lambda s: surely(f"excess_{kind}"), PATH_NATS,
             ),
             claim(
                 f"it comes to in one stage (growth of this difference for {kind!r}, share of all growth, less that of "
@@ -307,7 +313,7 @@ def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
     ]
     shown = {
         "Loss that ablating paths from layer 0 to layer 1 adds at the last checkpoint (nats, ± standard error)": (
-            ["tokens", "all at once", f"more than {PLAIN}", "all into a head", "one path", "a head straight to logits"],
+            ["tokens", "all at once", "more than plain", "all into a head", "one path", "a head straight to logits"],
             kinds,
         ),
         "Composition of heads of layer 0 with heads of layer 1 at the last checkpoint (times chance)": (

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, llc_at
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_at
 from mechgrok import plotting
-from mechgrok.components import head_names
+from mechgrok.components import head_layer, head_names
+from mechgrok.measures.head_types import typed_heads
 from mechgrok.measures.multigrams import Multigram, memorized_on, score
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
@@ -19,19 +20,22 @@ NAME = "multigrams"
 TASKS = ("planted-language", "text", "hugging-face")
 FOUND = 0.8  # precision and recall that are asked for
 LEVEL = 0.05  # of the rank correlation's test
+MIDDLE = 0.17  # of training, where Wang et al. 2024 regress first: step 8500 of 50,000
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
-    """The names of the heads, the final model's multigrams, and how many were planted, where that is known."""
+    """The heads, those of type "multigram", the final model's multigrams, and how many were planted, if known."""
     heads = head_names(model)
-    found = [of.multigrams for of in memorized_on(model, split)]
+    memories = memorized_on(model, split)
+    typed = [of.head for of in typed_heads(model, split, memories) if of.type == "multigram"]
+    found = [of.multigrams for of in memories]
     shown = [
         f"{head}: " + (", ".join(_text(one, split.labels) for one in mine[:6]) or "none")
         + (f" and {len(mine) - 6} more" if len(mine) > 6 else "")
         for head, mine in zip(heads, found, strict=True)
     ]  # fmt: skip
     planted = {} if split.language is None else {"planted": [split.language.n_multigrams]}
-    return {"heads": heads, "of the final model": shown, **planted}
+    return {"heads": heads, "multigram heads": typed, "of the final model": shown, **planted}
 
 
 def measure(
@@ -57,22 +61,30 @@ def measure(
 def derive(
     series: Series, curve: LLCCurve, facts: Mapping[str, Any], rng: np.random.Generator
 ) -> dict[str, np.ndarray | float]:
-    """Rank correlation over heads of the number memorized with the wrLLC at the last checkpoint, and its p-value.
+    """Rank correlation over heads of the number memorized with the wrLLC, and its p-value.
 
-    p is one-sided, for a positive correlation: all heads, and each layer's alone.
+    p is one-sided, for a positive correlation. Of multigrams and of n-grams alone; of all heads, of multigram heads,
+    which Wang et al. 2024 take, and of each layer's; at the end, and at the checkpoint nearest to MIDDLE of the steps,
+    where theirs is. "correlation, <what>, <heads>, <when>" and "p, ...".
     """
-    count = (series["ngrams"] + series["skip_ngrams"])[-1]
-    llc = np.array([_last(curve, head, float(series["step"][-1])) for head in facts["heads"]])
-    layer = np.array([int(head[1:].split("H")[0]) for head in facts["heads"]])
+    steps, heads = series["step"], facts["heads"]
+    layer = np.array([head_layer(head) for head in heads])
+    groups = {"all heads": layer >= 0, "multigram heads": np.isin(heads, facts["multigram heads"])}
+    groups |= {f"layer {at}": layer == at for at in np.unique(layer)}
+    counts = {"multigrams": series["ngrams"] + series["skip_ngrams"], "n-grams": series["ngrams"]}
     found: dict[str, np.ndarray | float] = {}
-    for name, mine in [("all", layer >= 0), *((f"layer {at}", layer == at) for at in np.unique(layer))]:
-        found[f"correlation, {name}"], found[f"p, {name}"] = _rank_correlation(count[mine], llc[mine])
+    for when in (len(steps) - 1, int(np.abs(steps - MIDDLE * steps[-1]).argmin())):
+        llc = np.array([_at(curve, head, float(steps[when])) for head in heads])
+        for what, count in counts.items():
+            for group, mine in groups.items():
+                name = f"{what}, {group}, {'the end' if when == len(steps) - 1 else f'step {steps[when]}'}"
+                found[f"correlation, {name}"], found[f"p, {name}"] = _rank_correlation(count[when, mine], llc[mine])
     return found
 
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Are the planted ones found, is memorizing the work of one stage, and does the wrLLC count them?"""
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
     growing = max(stages, key=lambda stage: np.nan_to_num(concentration(series, "found", stage)), default=None)
     return [
         claim(
@@ -89,7 +101,11 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim(
             "heads that memorized more have a larger wrLLC at the end (rank correlation over all heads, p-value)",
-            last, lambda s: float(series["p, all"]), LEVEL, "<=",
+            last, lambda s: float(series["p, multigrams, all heads, the end"]), LEVEL, "<=", LEVEL,
+        ),
+        claim(
+            "beside it: multigram heads alone (p-value)",
+            last, lambda s: float(series["p, multigrams, multigram heads, the end"]), LEVEL, "<=", LEVEL,
         ),
     ]  # fmt: skip
 
@@ -106,7 +122,10 @@ def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
     ]
     return {
         "Memorized at the last checkpoint": (["head", "n-grams", "skip n-grams"], rows),
-        "Number memorized against wrLLC": (["heads", "rank correlation", "p-value, one-sided"], correlations),
+        "Number memorized against wrLLC": (
+            ["number, heads, when", "rank correlation", "p-value, one-sided"],
+            correlations,
+        ),
     }
 
 
@@ -127,7 +146,7 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     return {"N-grams and skip n-grams that the heads have memorized": fig}
 
 
-def _last(curve: LLCCurve, head: str, step: float) -> float:
+def _at(curve: LLCCurve, head: str, step: float) -> float:
     return llc_at(curve, head, step)[0] if head in curve.components else float("nan")
 
 

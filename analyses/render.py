@@ -122,7 +122,7 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
             {
                 "name": report.analysis,
                 "facts": {key: ", ".join(map(str, value)) for key, value in report.facts.items()},
-                "claims": [claim_row(claim) | {"holds": claim.holds} for claim in report.claims],
+                "claims": [claim_row(claim) | {"good": claim.holds} for claim in report.claims],
                 "tables": tables_of(report),
                 "figures": contract.load(report.analysis).plot(report, study),
             }
@@ -212,8 +212,9 @@ def claim_row(claim: Claim) -> dict[str, str]:
         "stage": claim.stage,
         "value": f"{claim.value:.3g}" if math.isfinite(claim.value) else "–",
         "threshold": f"{'≥' if claim.relation == '>=' else '≤'} {claim.threshold:.3g}",
-        "holds": "holds" if claim.holds else "does not hold",
+        "holds": "holds" if claim.holds else "not evaluated" if math.isnan(claim.value) else "does not hold",
         "null": "–" if null is None else f"{null:.0%}",
+        "chance": "–" if claim.chance is None or math.isnan(claim.chance) else f"{claim.chance:.2g}",
     }
 
 

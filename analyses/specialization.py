@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import Series, claim
+from analyses.contract import Series, claim, end_of
 from mechgrok import plotting
-from mechgrok.components import HEAD_NAME
+from mechgrok.components import head_layer
 from mechgrok.config import REFERENCE
 from mechgrok.measures.head_types import typed_heads
 from mechgrok.measures.refined import holm, ranks, specialization
@@ -70,7 +70,8 @@ def derive(
         "final_scaled" (the same on the other scale) and their "_error", and "rank": Float[distribution, head];
         "rank_probability": Float[distribution, head, rank]; "p_head", "p_head_scaled": [head]; "p_layer",
         "p_layer_scaled": [layer]; "final_drllc" of the whole model and its "_error": [distribution].
-        "induction_head": its index among the heads, or NaN; "its_kind": Bool[head], the induction heads of its layer.
+        "induction_head": its index among the heads, or NaN; "same_layer", "its_kind": Bool[head], the heads of its
+        layer, and the induction heads among them.
     """
     heads = list(facts["heads"])
     refined = _no_reference(curve.refined)
@@ -78,7 +79,7 @@ def derive(
     values, errors = _aligned(refined, [*heads, "model"], steps)
     finals, final_errors = _latest(values, errors, steps >= LATE * series["step"][-1])
     llc, error, final, final_error = values[:, :-1], errors[:, :-1], finals[:, :-1], final_errors[:, :-1]
-    layers = np.array([_layer(head) for head in heads])
+    layers = np.array([head_layer(head) for head in heads])
     n_layers, n_ranks = layers.max() + 1, np.bincount(layers).max()
 
     shifts, scaled = np.full((2, 2, *final.shape), np.nan)  # (value, error) on both scales
@@ -98,6 +99,7 @@ def derive(
             placed, chances = ranks(final[index, mine], final_error[index, mine], rng)
             rank[index, mine], probability[index, mine, : len(mine)] = placed, chances
     known = [heads.index(head) for head in facts["induction head"] if head in heads]
+    same = layers == layers[known[0]] if known else np.zeros(len(heads), dtype=bool)
     return {
         "distributions": np.array(list(refined), dtype=str),
         "refined_step": steps,
@@ -118,7 +120,8 @@ def derive(
         "final_drllc": finals[:, -1],
         "final_drllc_error": final_errors[:, -1],
         "induction_head": np.array(known[0] if known else np.nan),
-        "its_kind": _its_kind(facts["types"], heads, known),
+        "same_layer": same,
+        "its_kind": same & _induction(facts["types"], heads),
     }
 
 
@@ -127,11 +130,10 @@ def _no_reference(by_name: Mapping[str, T]) -> dict[str, T]:
     return {name: of for name, of in by_name.items() if name != REFERENCE}
 
 
-def _its_kind(types: Sequence[str], heads: Sequence[str], known: Sequence[int]) -> np.ndarray:
-    """The induction heads in the layer of the one that is known: Bool[head]."""
+def _induction(types: Sequence[str], heads: Sequence[str]) -> np.ndarray:
+    """Which heads are induction heads: Bool[head]."""
     kind = dict(text.split(" ", 1) for text in types)
-    layer = _layer(heads[known[0]]) if known else None
-    return np.array([_layer(head) == layer and kind.get(head) == "induction" for head in heads])
+    return np.array([kind.get(head) == "induction" for head in heads])
 
 
 def _aligned(
@@ -164,16 +166,16 @@ def _latest(llc: np.ndarray, error: np.ndarray, late: np.ndarray) -> tuple[np.nd
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Does any head specialize, and, where the distributions are the planted language's, the induction head?"""
-    last = stages[-1] if stages else None
+    last = end_of(stages, series)
     both = np.maximum(series["p_head"], series["p_head_scaled"])
     claims = [
         claim(
             "some head specializes to a distribution at the end of training (smallest p-value, Holm over heads)",
-            last, lambda s: _least(holm(series["p_head"])), ALPHA, "<=",
+            last, lambda s: _least(holm(series["p_head"])), ALPHA, "<=", ALPHA,
         ),
         claim(
             "some head does on both scales, whether a distribution adds to all heads of a layer or multiplies them",
-            last, lambda s: _least(holm(both)), ALPHA, "<=",
+            last, lambda s: _least(holm(both)), ALPHA, "<=", ALPHA,
         ),
     ]  # fmt: skip
     if not {REPEATS, NGRAMS} <= set(curve.refined):
@@ -189,6 +191,10 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         kind = series["its_kind"]
         return float(first[names.index(distribution), kind].sum()) if kind.any() else float("nan")
 
+    layer = series["same_layer"]
+    alone = 1 / layer.sum() if layer.any() else float("nan")  # of heads that are all alike, each is first as often
+    kind = series["its_kind"].sum() * alone
+
     def standard_errors(name: str) -> float:
         return induction(series[name] / series[f"{name}_error"], REPEATS)
 
@@ -196,32 +202,32 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         *claims,
         claim(
             f"the induction head's wdrLLC ranks first in its layer on {REPEATS} data at the end (rank)",
-            last, lambda s: induction(series["rank"], REPEATS), 1.0, "<=",
+            last, lambda s: induction(series["rank"], REPEATS), 1.0, "<=", alone,
         ),
         claim(
             "it does so within the errors (probability of the first rank)",
-            last, lambda s: induction(first, REPEATS), 0.95,
+            last, lambda s: induction(first, REPEATS), 0.95, chance=alone,
         ),
         claim(
             f"the induction head's wdrLLC does not rank first in its layer on {NGRAMS} data at the end (rank)",
-            last, lambda s: induction(series["rank"], NGRAMS), 2.0,
+            last, lambda s: induction(series["rank"], NGRAMS), 2.0, chance=1 - alone,
         ),
         claim(
             "nor does it within the errors (probability of the first rank)",
-            last, lambda s: induction(first, NGRAMS), 0.05, "<=",
+            last, lambda s: induction(first, NGRAMS), 0.05, "<=", 1 - alone,
         ),
         claim(
             f"some induction head ranks first in their layer on {REPEATS} data at the end (probability)",
-            last, lambda s: some_induction(REPEATS), 0.95,
+            last, lambda s: some_induction(REPEATS), 0.95, chance=kind,
         ),
         claim(
             f"none does on {NGRAMS} data (probability that one does)",
-            last, lambda s: some_induction(NGRAMS), 0.05, "<=",
+            last, lambda s: some_induction(NGRAMS), 0.05, "<=", 1 - kind,
         ),
         claim(
             f"the induction head specializes to {REPEATS} data (in standard errors, on the less favourable scale)",
             last, lambda s: float(np.minimum(standard_errors("final_specialization"), standard_errors("final_scaled"))),
-            1.96,
+            1.96, chance=0.025,
         ),
     ]  # fmt: skip
 
@@ -267,8 +273,8 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     _finish(drllc, study, "drLLC of the model")
     figures = {"Loss and drLLC on each distribution, with 95 % intervals": fig}
     shown = list(enumerate(refined))[: 1 if len(refined) == 2 else None]  # two mirror each other
-    for layer in sorted({_layer(head) for head in heads}) if refined else []:
-        mine = [(index, head) for index, head in enumerate(heads) if _layer(head) == layer]
+    for layer in sorted({head_layer(head) for head in heads}) if refined else []:
+        mine = [(index, head) for index, head in enumerate(heads) if head_layer(head) == layer]
         fig, axes = plotting.panels(len(refined))
         for ax, (name, of) in zip(axes, refined.items(), strict=True):
             for _, head in mine:
@@ -302,12 +308,6 @@ def _finish(ax: Axes, study: Study, ylabel: str) -> None:
     plotting.developmental_axis(ax, study.stages, ylabel)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=7)
-
-
-def _layer(head: str) -> int:
-    found = HEAD_NAME.fullmatch(head)
-    assert found is not None
-    return int(found[1])
 
 
 def _least(p_values: np.ndarray) -> float:

@@ -5,7 +5,8 @@
 A seed sets language, rows, weights and batches. Runs lie in runs/, and what is there already is not done again: about
 19 minutes a seed on two cores, and 6 a control. A claim is made of the preset only if it holds for every seed.
 The control is the same training on a language in which segments hardly ever repeat. It has no induction, so its LLC is
-read over the same steps, those between which induction forms in the seed's main run.
+read over the same steps, those between which induction forms in the seed's main run. "Holds by chance" is how probable
+it is that a claim that no stage enters holds for a seed where nothing is to be found.
 """
 
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import analyses
 import mechgrok as mg
 from analyses.contract import llc_at
+from analyses.render import claim_row
 from benchmarks.tables import Section, asked_target, written
 from mechgrok.config import load_config
 from mechgrok.types import Report, Study
@@ -39,11 +41,13 @@ def claims(seeds: list[dict[str, Report]]) -> Section:
             each = [seed[name].claims[place] for seed in seeds]
             held = sum(one.holds for one in each)
             values = [f"{one.value:.3g}" if np.isfinite(one.value) else "–" for one in each]
+            chances = dict.fromkeys(claim_row(one)["chance"] for one in each)
             threshold = f"{'≥' if claim.relation == '>=' else '≤'} {claim.threshold:.3g}"
             verdict = "**claimed**" if held == len(each) else f"holds for {held} of {len(each)}: not claimed"
             # A head's name may stand in the text, so the first seed's stands for all.
-            rows.append([name, claim.text, *values, threshold, verdict])
-    return ("Claims", ("analysis", "claim", *(f"seed {seed}" for seed in SEEDS), "threshold", ""), rows)
+            rows.append([name, claim.text, *values, threshold, ", ".join(chances), verdict])
+    titles = ("analysis", "claim", *(f"seed {seed}" for seed in SEEDS), "threshold", "holds by chance", "")
+    return ("Claims", titles, rows)
 
 
 def dates(seeds: list[dict[str, Report]]) -> Section:

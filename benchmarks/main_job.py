@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 START = time.perf_counter()
 
 import analyses  # noqa: E402 - the import is one of the parts
@@ -26,9 +28,10 @@ IMPORTS = time.perf_counter() - START
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    """Of this process and of its workers, those that live and those that have ended."""
+    each = [psutil.Process().cpu_times(), *(child.cpu_times() for child in psutil.Process().children(recursive=True))]
+    own = each[0]
+    return sum(of.user + of.system for of in each) + own.children_user + own.children_system
 
 
 @contextmanager
@@ -53,7 +56,6 @@ def main(preset: str = "modular-addition") -> None:
         n_units = sum(map(len, plan_units(config, names, split, trajectory.steps).values()))
         with timed(f"sampling, {n_units} estimates", rows):
             curve = pipeline.follow(directory, trajectory, split, names, None, pipeline.silent, None)
-            get_reusable_executor().shutdown(wait=True)  # so that the workers' seconds are counted
         with timed("stages", rows):
             stages = pipeline.find_stages(curve, config)
         study = Study(config, split, trajectory, curve, stages)
@@ -61,9 +63,9 @@ def main(preset: str = "modular-addition") -> None:
         for name in config.analyses.names:
             with timed(f"analysis {name}", rows):
                 reports.append(analyses.run(name, study, os.cpu_count() or 1))
-                get_reusable_executor().shutdown(wait=True)
         with timed("report", rows):
             render.to_html(study, reports)
+    get_reusable_executor().shutdown(wait=True)  # so that the workers' memory is counted
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"{preset} on {platform.node()}: {os.cpu_count()} cores, {processor()}")

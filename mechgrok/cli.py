@@ -305,13 +305,13 @@ def _print_claims(report: "Report") -> None:
     from analyses.render import claim_row
 
     table = Table(title=f"claims: {report.analysis}", title_justify="left", box=box.SIMPLE)
-    for title in ("", "stage", "value", "threshold", "vs random"):
+    for title in ("", "stage", "value", "threshold", "vs random", "by chance"):
         table.add_column(title, no_wrap=True)
     table.add_column("claim")
     for one in report.claims:
         row = claim_row(one)
         verdict = f"[{'green' if one.holds else 'red'}]{row['holds']}"
-        table.add_row(verdict, row["stage"], row["value"], row["threshold"], row["null"], row["text"])
+        table.add_row(verdict, row["stage"], row["value"], row["threshold"], row["null"], row["chance"], row["text"])
     out.print(table)
 
 

@@ -1,10 +1,15 @@
-"""A two-layer attention-only model whose heads are known by construction.
+"""Attention-only models whose heads are known by construction: one of two layers, and one of any tables.
 
 Eight tokens after a start token 0, 24 positions, no LayerNorm. The residual stream is [token 9 | position 24 | prev 9 |
 out 9 | junk 9]; only `out` is unembedded. L0H0 attends to the previous token and writes it to `prev`. L0H2 attends two
 back and writes junk. L1H0 and L1H1, twins of half the gain, look for the position whose `prev` is the current token and
 write its token to `out`: induction. L1H2, the decoy, attends like them and writes junk. The others are zero.
+
+`table_model` has one layer, whose heads look and write as tables of tokens say, and nothing besides.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -90,3 +95,37 @@ def _match_previous(parameters: dict[str, Tensor], head: int, writes: slice, gai
 def _carry_token(parameters: dict[str, Tensor], attn: str, head: int, writes: slice, gain: float) -> None:
     parameters[f"{attn}.W_V"][head, TOKEN, :N_TOKENS] = torch.eye(N_TOKENS)
     parameters[f"{attn}.W_O"][head, :N_TOKENS, writes] = gain * torch.eye(N_TOKENS)
+
+
+@dataclass(frozen=True)
+class TableHead:
+    """From position i with token a it attends to position j with token b by softmax(looks[a, b] + where[i, j]).
+
+    Each token c gets writes[b, c] on its logit. where: None for nowhere in particular.
+    """
+
+    looks: Tensor
+    writes: Tensor
+    where: Tensor | None = None
+
+
+def table_model(split: Split, heads: Sequence[TableHead]) -> HookedTransformer:
+    """One layer of these heads; all logits are 0 but for what they write.
+
+    The residual stream is [token | position | out]; only `out` is unembedded.
+    """
+    n, n_ctx = split.n_classes, split.test.tokens.shape[1]
+    read = n + n_ctx
+    config = ModelConfig(n_layers=1, d_model=read + n, n_heads=len(heads), d_head=read, init_std=1.0)
+    parameters = {name: torch.zeros_like(q) for name, q in build_model(config, split, 0).named_parameters()}
+    parameters["embed.W_E"][:, :n] = torch.eye(n)
+    parameters["pos_embed.W_pos"][:, n:read] = torch.eye(n_ctx)
+    parameters["unembed.W_U"][read:] = torch.eye(n)
+    for index, head in enumerate(heads):
+        where = torch.zeros(n_ctx, n_ctx) if head.where is None else head.where
+        attn = "blocks.0.attn"
+        parameters[f"{attn}.W_Q"][index, :read] = read**0.5 * torch.eye(read)
+        parameters[f"{attn}.W_K"][index, :read] = torch.block_diag(head.looks, where).T
+        parameters[f"{attn}.W_V"][index, :n, :n] = torch.eye(n)
+        parameters[f"{attn}.W_O"][index, :n, read:] = head.writes
+    return model_from_parameters(config, split, parameters)

@@ -1,10 +1,11 @@
 """Small settings of the planted language, and an invented stage, for the tests of what reads them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mechgrok.config import RunConfig
 from mechgrok.task_config import MechanismRates, PlantedLanguageConfig
-from mechgrok.types import Stage
+from mechgrok.types import Claim, Stage
 
 RATES = MechanismRates(
     ngram=0.10, repeat=0.12, open=0.05, close=0.06, skip_open=0.04, skip_close=0.05, repeat_length=(4, 8)
@@ -54,3 +55,14 @@ def language_run_config(**changes: dict[str, Any]) -> RunConfig:
     for name, values in changes.items():
         sections[name] |= values
     return RunConfig.model_validate({"name": "tiny-language", "seed": 0, **sections})
+
+
+def assert_only_the_end_is_judged(without: Sequence[Claim], claims: Sequence[Claim]) -> None:
+    """Claims made without any stage beside the same ones with stages: those on the end of the run stay as they are."""
+    assert [claim.text for claim in without] == [claim.text for claim in claims]
+    assert {claim.stage for claim in without} <= {"none", "run"}
+    for bare, claim in zip(without, claims, strict=True):
+        if bare.stage == "run":
+            assert repr((bare.value, bare.holds, bare.chance)) == repr((claim.value, claim.holds, claim.chance))
+        else:
+            assert repr(bare.value) == "nan" and not bare.holds

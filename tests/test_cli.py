@@ -96,12 +96,17 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         ("run", "modular-addition-quick", "--memory", "-1"): "memory_gb: Input should be greater than 0",
         ("run", toml("key.toml", "p = 7", "p = 7\nmodulus = 7")): "unknown key 'task.modulus'",
         ("run", toml("p.toml", "p = 7", "p = 8")): "p must be a prime of at least 5, got 8; try 11",
-        ("run", toml("head.toml", '"heads"', '"L0H9"'), "--out", tmp_path / "head"): "'L0H9': the model has 2 heads",
+        ("run", toml("head.toml", '"heads"', '"L0H9"'), "--out", tmp_path / "head"): "llc.components: 'L0H9'",
         ("run", toml("mlp.toml", '"heads"', '"L7.mlp"'), "--out", tmp_path / "mlp"): "'L7.mlp': the model has 1 layers",
         ("run", toml("name.toml", '"ablation"', '"abation"'), "--out", tmp_path / "name"): "unknown analysis 'abation'",
         ("run", toml("batch.toml", "batch_size = 8", "batch_size = 999"), "--out", tmp_path / "b"): "batch_size 999",
         ("run", toml("attn.toml", "d_mlp = 16\n", ""), "--out", tmp_path / "attn"): "attention-only; give it an MLP",
-        ("run", toml("lr.toml", "learning_rate = 0.005", "learning_rate = 1e30"), "--out", tmp_path / "lr"): "diverged",
+        ("run", toml("lr.toml", "learning_rate = 0.005", "learning_rate = 1e18"), "--out", tmp_path / "lr"): "diverged",
+        ("run", toml("cuda.toml", '"cpu"\nmemory', '"cuda"\nmemory'), "--out", tmp_path / "cuda"): (
+            "error: llc.sampling.device is cuda, and this torch sees no such device; install a CUDA build, or set it to"
+        ),
+        ("train", tmp_path / "head.toml", "--out", tmp_path / "train"): "llc.components: 'L0H9': the model has 2 heads",
+        ("train", tmp_path / "batch.toml", "--out", tmp_path / "train"): "batch_size 999 exceeds the 35 examples",
         ("run", toml("wd.toml", "weight_decay = 1.0", "weight_decay = 2.0"), "--out", path): "another configuration",
         ("run", config, "--out", broken): "is truncated",
         ("stages", broken): "is truncated",
@@ -112,6 +117,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         ("check", path, "--against", config): "is not valid JSON",
     }  # fmt: skip
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for arguments, message in cases.items():
         monkeypatch.setattr(sys, "argv", ["mechgrok", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_code:
@@ -121,7 +127,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], (arguments, stderr)
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
-    assert not (tmp_path / "head" / "checkpoints").exists()  # refused before any training
+    assert not any((tmp_path / name).exists() for name in ("head", "cuda", "train"))  # refused before any work
     assert not any((tmp_path / name / "checkpoints").exists() for name in ("name", "b", "attn"))
 
 

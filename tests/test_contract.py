@@ -11,7 +11,7 @@ from analyses import contract, grokking
 from mechgrok.errors import AnalysisError
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import place_stages, smooth
-from mechgrok.types import Claim, LLCCurve, Study
+from mechgrok.types import Claim, LLCCurve, Stage, Study
 from tests.oracles import tiny_config
 from tests.test_stages import PEAK, STEPS, X, hump
 
@@ -35,7 +35,7 @@ def test_every_analysis_keeps_the_contract(applied: tuple[str, Study]) -> None:
         assert len(values) == len(study.trajectory.steps), key
         np.testing.assert_array_equal(values, again.series[key])
     assert [repr(claim) for claim in report.claims] == [repr(claim) for claim in again.claims]
-    assert {claim.stage for claim in report.claims} <= {stage.name for stage in study.stages} | {"none"}
+    assert {claim.stage for claim in report.claims} <= {stage.name for stage in study.stages} | {"none", "run"}
     figures = contract.load(name).plot(report, study)
     assert figures
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -49,12 +49,34 @@ def test_the_report_does_not_depend_on_the_number_of_workers(language_run: tuple
         np.testing.assert_array_equal(values, two.series[key])
 
 
-def test_without_stages_no_claim_holds(applied: tuple[str, Study]) -> None:
+def test_without_stages_only_claims_about_the_end_of_the_run_are_judged(applied: tuple[str, Study]) -> None:
     name, study = applied
     report = analyses.run(name, replace(study, stages=()))
     assert report.claims
     for claim in report.claims:
-        assert (claim.stage, claim.holds, claim.null_quantile) == ("none", False, None)
+        assert claim.stage in ("none", "run") and claim.null_quantile is None
+        assert np.isnan(claim.value) or claim.stage == "run"
+
+
+def test_the_end_is_that_of_the_last_stage_or_of_the_run() -> None:
+    series = {"step": np.array([10, 100, 1000])}
+    stages = [
+        Stage("S1", "rising", 10, 50, None, None, 1.0, None),
+        Stage("S2", "falling", 50, 900, None, None, 1.0, None),
+    ]
+    assert contract.end_of(stages, series) is stages[1]
+    end = contract.end_of((), series)
+    assert (end.name, end.start, end.end) == ("run", 10, 1000)
+    judged = contract.claim("accuracy", end, lambda s: s.end, 1000.0, chance=0.5)
+    assert judged.holds and judged.stage == "run" and judged.chance == 0.5
+    assert contract.claim("rise", None, lambda s: s.end, 0.0).holds is False
+
+
+def test_an_analysis_that_does_not_fit_the_task_is_refused_before_any_work() -> None:
+    with pytest.raises(
+        AnalysisError, match="'mechanisms' applies to planted-language, text, hugging-face, not to 'mod"
+    ):
+        contract.check("mechanisms", tiny_config())
 
 
 def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(applied: tuple[str, Study]) -> None:

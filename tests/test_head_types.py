@@ -11,11 +11,34 @@ from transformer_lens import HookedTransformer
 from analyses import head_types as analysis
 from mechgrok import seeds
 from mechgrok.errors import ShapeError
-from mechgrok.measures.head_types import DEAD_NATS, HEAD_TYPES, MIN_MULTIGRAMS, head_evidence, some_examples
+from mechgrok.measures.head_types import (
+    DEAD_NATS,
+    HEAD_TYPES,
+    MIN_MULTIGRAMS,
+    HeadEvidence,
+    head_evidence,
+    some_examples,
+)
 from mechgrok.measures.multigrams import Memory, Multigram
-from mechgrok.types import LLCCurve, Report, Stage
+from mechgrok.tasks.next_token import next_token_examples
+from mechgrok.types import LLCCurve, Report, Split, Stage
 from tests import hand_built
-from tests.hand_built import DEAD, DECOY, INDEX, NAMES, OFFSET, OUT, PREVIOUS, SPLIT, TOKEN, TWINS, hand_built_model
+from tests.hand_built import (
+    DEAD,
+    DECOY,
+    INDEX,
+    NAMES,
+    OFFSET,
+    OUT,
+    PREVIOUS,
+    SPLIT,
+    TOKEN,
+    TWINS,
+    TableHead,
+    hand_built_model,
+    table_model,
+)
+from tests.planted import assert_only_the_end_is_judged
 from tests.test_attention_measures import ARCHITECTURES, TWICE, random_model
 
 
@@ -83,7 +106,7 @@ def test_twins_of_which_each_suffices_are_not_dead() -> None:
     assert [found[name].type for name in (*TWINS, DECOY)] == ["induction", "induction", "dead"]
 
 
-def test_first_current_and_duplicate_token_heads_are_told_by_where_they_attend() -> None:
+def test_first_and_current_token_heads_are_told_by_where_they_attend() -> None:
     model = hand_built_model()
     for head, attends in ((1, "first"), (3, "current")):
         with torch.no_grad():
@@ -98,6 +121,102 @@ def test_first_current_and_duplicate_token_heads_are_told_by_where_they_attend()
     assert (found["L0H1"].type, found["L0H3"].type) == ("first-token", "current-token")
     many = evidence(model, [MIN_MULTIGRAMS] * 8)
     assert (many["L0H1"].type, many["L0H3"].type) == ("multigram", "current-token")
+
+
+@pytest.mark.parametrize(("looks_for", "kind"), [("its own token", "duplicate-token"), ("another", "unclear")])
+def test_a_duplicate_token_head_looks_at_earlier_copies_of_its_token(looks_for: str, kind: str) -> None:
+    """The earliest copy wins, so it looks at its own position only when there is no earlier one."""
+    matches = torch.eye(9) if looks_for == "its own token" else torch.eye(9).roll(1, 1)
+    earliest = -2.0 * torch.arange(24.0).expand(24, -1)
+    model = table_model(SPLIT, [TableHead(100 * matches, 0.5 * torch.eye(9), earliest)])
+    (found,) = head_evidence(model, SPLIT, seeds.stream(0))
+    assert found.type == kind
+    assert found.scores["ablation"] > DEAD_NATS and np.isnan(found.scores["brackets"])
+    assert (found.scores["duplicate-token"] > 5) == (kind == "duplicate-token")
+    assert max(found.scores[other] for other in ("previous-token", "current-token", "first-token")) < 3.7
+
+
+# ---- brackets
+
+BRACKET_LABELS = ("BOS", "(", ")", "[", "]", "a", "b", "c", "d")
+OPEN, CLOSE, LETTERS, LAST = [1, 3], [2, 4], [5, 6, 7], 8
+
+
+def bracket_split() -> Split:
+    """BOS, then a bracket opens, one to three of a, b and c, d, and it closes; again and again."""
+    rng = np.random.default_rng(0)
+    rows = torch.zeros(48, 24, dtype=torch.long)
+    for row in rows:
+        made: list[int] = []
+        while len(made) < 23:
+            which = int(rng.integers(2))
+            made += [OPEN[which], *rng.choice(LETTERS, rng.integers(1, 4)).tolist(), LAST, CLOSE[which]]
+        row[1:] = torch.tensor(made[:23])
+    examples = next_token_examples(rows)
+    return Split(examples, examples, BRACKET_LABELS, 9, bos=0)
+
+
+BRACKETS = bracket_split()
+
+
+def bracket_head(own: tuple[float, float], other: float = 0.0, letters: float = 0.0) -> TableHead:
+    """From d it looks at the last open bracket, else at BOS, which writes nothing.
+
+    own: what the open brackets write on their own closing one, other: on the other. letters: what a, b and c write on
+    what may follow them; they look at themselves then.
+    """
+    looks, writes = torch.zeros(9, 9), torch.zeros(9, 9)
+    looks[:, 0] = 500.0
+    looks[LAST, OPEN] = 1000.0
+    for opened, closed, wrong, gain in zip(OPEN, CLOSE, CLOSE[::-1], own, strict=True):
+        writes[opened, closed], writes[opened, wrong] = gain, other
+    if letters:
+        looks[LETTERS, LETTERS] = 1000.0
+        writes[5:8, 5:9] = letters
+    return TableHead(looks, writes, 5 * torch.arange(24.0).expand(24, -1))
+
+
+def bracket_evidence(head: TableHead, split: Split = BRACKETS) -> HeadEvidence:
+    (found,) = head_evidence(table_model(split, [head]), split, seeds.stream(0))
+    return found
+
+
+def added(own: float, other: float = 0.0) -> float:
+    """What zeroing the head adds at a closing bracket, of nine tokens that are then alike."""
+    return float(np.log(9) - np.log(7 + np.exp(own) + np.exp(other)) + own)
+
+
+def test_a_head_that_closes_what_was_opened_is_a_bracket_head() -> None:
+    found = bracket_evidence(bracket_head((4.0, 4.0)))
+    assert found.type == "bracket"
+    assert found.scores["brackets"] == pytest.approx(added(4.0), abs=1e-5) and added(4.0) > 2
+    unnamed = bracket_evidence(bracket_head((4.0, 4.0)), replace(BRACKETS, labels=tuple("012345678")))
+    assert unnamed.type == "first-token" and np.isnan(unnamed.scores["brackets"])
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "kind"),
+    [(-4.0, 0.0, "first-token"), (0.0, 4.0, "first-token"), (0.4, 0.0, "first-token"), (0.0, 0.0, "dead")],
+    ids=["lowers the right one", "raises the wrong one", "too faint", "writes nothing"],
+)
+def test_a_head_that_looks_at_the_bracket_but_does_not_close_it_is_none(own: float, other: float, kind: str) -> None:
+    found = bracket_evidence(bracket_head((own, own), other))
+    assert found.type == kind
+    assert found.scores["brackets"] == pytest.approx(added(own, other), abs=1e-5) and added(own, other) < 0.5
+
+
+def test_a_head_that_is_needed_elsewhere_too_is_no_bracket_head() -> None:
+    assert bracket_evidence(bracket_head((2.0, 2.0))).type == "bracket"
+    found = bracket_evidence(bracket_head((2.0, 2.0), letters=8.0))
+    assert found.type == "unclear"
+    assert found.scores["brackets"] == pytest.approx(added(2.0), abs=1e-5) and added(2.0) > 1
+
+
+def test_a_few_closing_brackets_of_which_half_suffer_make_no_bracket_head() -> None:
+    few = replace(BRACKETS, test=BRACKETS.test.first(2))
+    assert bracket_evidence(bracket_head((4.0, 4.0)), few).type == "bracket"
+    found = bracket_evidence(bracket_head((4.0, 0.0)), few)
+    assert found.type == "unclear" and 0.5 < found.scores["brackets"] < added(4.0)
 
 
 def test_multigrams_are_counted_by_others_and_need_a_minimum() -> None:
@@ -168,7 +287,9 @@ def planted() -> tuple[dict, LLCCurve]:
         rows.append(analysis.measure(model, SPLIT, seeds.stream(len(rows)), facts))
     series = {"step": STEPS} | {key: np.array([row[key] for row in rows]) for key in rows[0]}
     llc = np.array([[10, 12, 14, 15, 20, 35, 30.0]])
-    return series | {"facts": facts}, LLCCurve(STEPS, ("model",), llc, np.full((1, 7), 0.5))
+    curve = LLCCurve(STEPS, ("model",), llc, np.full((1, 7), 0.5))
+    best = analysis.derive(series, curve, facts, np.random.default_rng(0))
+    return series | best | {"facts": facts}, curve
 
 
 def test_what_forms_in_a_planted_stage_is_claimed_of_that_stage(planted) -> None:
@@ -182,14 +303,28 @@ def test_what_forms_in_a_planted_stage_is_claimed_of_that_stage(planted) -> None
 
 def test_claims_are_the_same_for_any_stages_and_fail_where_they_must(planted) -> None:
     series, curve = planted
-    texts = [claim.text for claim in analysis.conclude(series, STAGES, curve)]
-    assert [claim.text for claim in analysis.conclude(series, (), curve)] == texts
-    assert not any(claim.holds for claim in analysis.conclude(series, (), curve))
+    without = analysis.conclude(series, (), curve)
+    assert_only_the_end_is_judged(without, analysis.conclude(series, STAGES, curve))
+    assert [claim.stage for claim in without] == ["none"] * 3 + ["run"] * 3
     falling = LLCCurve(STEPS, ("model",), -curve.llc, curve.std_error)
     assert not analysis.conclude(series, STAGES, falling)[2].holds
     # The previous-token head comes last: the order is not claimed.
-    swapped = dict(series) | {"previous-token": series["prefix matching"], "prefix matching": series["previous-token"]}
+    names = ("best previous-token", "best prefix matching")
+    swapped = dict(series) | dict(zip(names, (series[name] for name in names[::-1]), strict=True))
     assert not analysis.conclude(swapped, STAGES, curve)[3].holds
+
+
+def test_a_head_of_the_last_layer_is_no_previous_token_head_that_another_can_read() -> None:
+    values = np.array([[5.0, 1.0, 9.0, 2.0]])
+    series = {"step": STEPS[:1], "previous-token": values, "prefix matching": values}
+    curve = LLCCurve(STEPS, ("model",), np.zeros((1, 7)), np.ones((1, 7)))
+
+    def best(heads: list[str]) -> tuple[float, float]:
+        found = analysis.derive(series, curve, {"heads": heads}, np.random.default_rng(0))
+        return float(found["best previous-token"][0]), float(found["best prefix matching"][0])
+
+    assert best(["L0H0", "L0H1", "L1H0", "L1H1"]) == (5.0, 9.0)
+    assert best(["L0H0", "L0H1", "L0H2", "L0H3"]) == (9.0, 9.0)  # of one layer, all
 
 
 def test_an_untrained_run_claims_nothing() -> None:
@@ -200,6 +335,7 @@ def test_an_untrained_run_claims_nothing() -> None:
         np.testing.assert_array_equal(rows[0][name], rows[1][name])
     series = {"step": STEPS} | {name: np.stack([rows[0][name]] * len(STEPS)) for name in rows[0]}
     curve = LLCCurve(STEPS, ("model",), np.arange(7.0)[None], np.full((1, 7), 0.1))
+    series |= analysis.derive(series, curve, facts, np.random.default_rng(0))
     assert not any(claim.holds for claim in analysis.conclude(series, STAGES, curve))
 
 

@@ -1,18 +1,23 @@
 """Dates of mechanisms, on invented series whose dates are known and on a model that has learned nothing."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformer_lens import HookedTransformer
 
 from analyses import mechanisms
 from mechgrok import seeds
 from mechgrok.config import ModelConfig
-from mechgrok.model import build_model
+from mechgrok.measures.head_types import probe
+from mechgrok.measures.in_context import position_losses
+from mechgrok.model import build_model, model_from_parameters
 from mechgrok.tasks import make_split
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage
+from tests import hand_built
 from tests.planted import language_config
 
 STEP = np.array([0, *np.rint(np.expm1(np.linspace(np.log1p(10), np.log1p(3000), 39))).astype(int)])
@@ -210,6 +215,40 @@ def test_an_untrained_model_is_at_chance(known: bool) -> None:
     assert all(np.isnan(dates[f"date of {name}"]).all() for name in mechanisms.ORDER)
 
 
+def cache(gain: float) -> HookedTransformer:
+    """One head that looks at all that came before alike, and makes it likely: a cache, and no induction."""
+    n, config = hand_built.N_TOKENS, ModelConfig(n_layers=1, d_model=2 * hand_built.N_TOKENS, n_heads=1, d_head=9)
+    own = dict(build_model(config, hand_built.SPLIT, 0).named_parameters())
+    parameters = {name: torch.zeros_like(q) for name, q in own.items()}
+    parameters["embed.W_E"][:, :n] = torch.eye(n)
+    parameters["blocks.0.attn.W_V"][0, :n] = torch.eye(n)
+    parameters["blocks.0.attn.W_O"][0, :, n:] = gain * torch.eye(n)
+    parameters["unembed.W_U"][n:] = torch.eye(n)
+    return model_from_parameters(config, hand_built.SPLIT, parameters)
+
+
+def test_a_cache_is_no_induction_and_a_late_head_no_previous_token_head() -> None:
+    split = replace(hand_built.SPLIT, plain=tuple(range(1, 5)))  # four of eight tokens, so that a cache has a gain
+    facts = mechanisms.prepare(hand_built.hand_built_model(), split)
+
+    def measured(model: HookedTransformer) -> dict[str, Any]:
+        return dict(mechanisms.measure(model, split, seeds.stream(0, "x"), facts))
+
+    repeats = probe(split, seeds.stream(0, "x"))
+    both = replace(repeats.examples, weights=torch.ones(repeats.tokens.shape))
+    losses = position_losses(cache(20.0), both)
+    assert losses[repeats.first].mean() - losses[repeats.second].mean() > 0.5  # as if it were induction
+    for gain in (5.0, 20.0):
+        assert measured(cache(gain))["induction"] == pytest.approx(0.0, abs=1e-6)
+    whole = hand_built.hand_built_model()
+    assert measured(whole)["induction"] > 1.0 and measured(whole)["previous token"] > 0.5
+    for part in ("W_Q", "W_K", "W_V", "W_O"):  # the previous-token head moves from layer 0 to layer 1
+        first, last = (getattr(block.attn, part) for block in whole.blocks)
+        with torch.no_grad():
+            last[0], first[0] = first[0].clone(), 0.0
+    assert measured(whole)["previous token"] < 0.1
+
+
 def test_a_run_that_begins_late_does_not_take_its_first_loss_for_chance() -> None:
     """Checkpoints from elsewhere may start when a quarter of the bigrams is learned, or all of it."""
     series = invented(**IN_ORDER)
@@ -237,3 +276,14 @@ def test_rows_and_random_tokens_are_the_same_at_every_checkpoint() -> None:
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
     assert torch.isfinite(torch.tensor([first["loss"], first["induction"]])).all()
+
+
+def test_of_text_n_grams_have_a_date_and_skip_n_grams_have_none() -> None:
+    """The kinds that data show: no bigram targets are known, so the loss on all dates bigrams."""
+    series = invented(**IN_ORDER)
+    kinds = {"kinds": ["other", "close", "ngram"], "bigram level": [2.0, 2.0, 2.5], "chance level": [UNIFORM]}
+    found = derived(series | {"by_kind": series["by_kind"][:, [0, 1, 2]]}, kinds)
+    assert found["date of n-grams"] == pytest.approx(derived(series)["date of n-grams"])
+    assert np.isfinite(found["date of bigrams"]).all() and "date of skip n-grams" not in found
+    none = derived(series | {"by_kind": np.full((len(STEP), 3), np.nan)}, kinds | {"bigram level": [np.nan] * 3})
+    assert np.isnan(none["date of n-grams"]).all()

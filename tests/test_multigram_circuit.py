@@ -32,6 +32,7 @@ from tests.hand_built import (
     TWINS,
     hand_built_model,
 )
+from tests.planted import assert_only_the_end_is_judged
 from tests.test_attention_measures import ARCHITECTURES, TWICE, random_model
 
 KINDS = ("bigram", "ngram", "close", "never")
@@ -138,7 +139,7 @@ def test_paths_into_all_heads_and_to_the_logits_make_up_a_heads_ablation(changes
     assert float(layer_path_effects(model, TWICE, 0, 1, range(4), clean).abs().max()) < 1e-12
     hook = ("blocks.0.attn.hook_z", lambda z, hook: torch.cat([z[:, :, :1].mean(0, True).expand_as(z[:, :, :1]),
                                                                z[:, :, 1:]], 2))  # fmt: skip
-    expected = position_losses(model, TWICE, [hook]) - clean.losses
+    expected = position_losses(model, TWICE, lambda rows: [hook]) - clean.losses
     torch.testing.assert_close(direct_effects(model, TWICE, 0, clean)[0], expected, atol=1e-9, rtol=1e-9)
     assert float(expected.abs().max()) > 1e-3
 
@@ -194,7 +195,7 @@ FACTS = {
     "heads of layer 0": list(HEADS[:4]),
     "heads of layer 1": list(HEADS[4:]),
 }
-MIGRATION, NEEDS = slice(0, 3), slice(3, 7)
+MIGRATION, NEEDS = slice(0, 3), slice(3, 9)  # of each kind: needed at all, needed more, in one stage
 
 
 def curve_of(first: np.ndarray, second: np.ndarray, error: float = 0.2, seed: int = 0, **changes) -> LLCCurve:
@@ -208,16 +209,17 @@ def curve_of(first: np.ndarray, second: np.ndarray, error: float = 0.2, seed: in
 
 
 def series_of(close: np.ndarray, ngram: np.ndarray, error: float = 0.05) -> dict[str, np.ndarray]:
-    """What `measure` gives, with these costs of all paths more than those of bigram tokens."""
+    """What `measure` gives, with these costs of all paths more than those of bigram tokens, which are BASE."""
     nothing = np.zeros(len(STEPS))
     excess = np.stack([nothing, ngram, close, nothing * np.nan], 1)
     composition = np.ones((len(STEPS), 4, 4))
-    shapes = {"all": excess, "excess": excess, "path": excess}
+    shapes = {"all": excess + BASE, "excess": excess, "path": excess}
     errors = {f"{name}_error": np.full(excess.shape, error) for name in shapes}
     by_head = {name: np.repeat(excess[:, None], 4, 1) for name in ("into", "direct")}
     return shapes | errors | by_head | {f"{mode}-composition": composition for mode in "KQV"}
 
 
+BASE = 0.3
 LATE, EARLY = (np.interp(np.log1p(STEPS), np.log1p(x), [0, 1]) for x in ((100, 600), (0, 30)))
 NEEDED = series_of(LATE, LATE / 2)
 
@@ -230,7 +232,7 @@ def concluded(curve: LLCCurve, series: dict = NEEDED, stages=STAGES, facts: dict
 
 def test_migration_is_claimed_where_it_was_planted() -> None:
     derived, claims = concluded(curve_of(FALLS, RISES))
-    assert [claim.stage for claim in claims] == ["S3"] * 4 + ["S2", "S3", "S2"]
+    assert [claim.stage for claim in claims] == ["S3"] * 5 + ["S2", "S3", "S3", "S2"]
     assert all(claim.holds for claim in claims), [(claim.text, claim.value) for claim in claims]
     assert derived["peak_step"] == 600 and derived["fall"] == pytest.approx(5, abs=1)
     np.testing.assert_allclose(derived["reference_error"], 0.2)  # the mean's error at most
@@ -270,15 +272,17 @@ def test_a_plateaus_noise_seldom_passes_for_a_fall() -> None:
 def test_needs_are_claimed_of_the_stage_in_which_they_grow_and_not_without() -> None:
     curve = curve_of(FALLS, RISES)
     _, claims = concluded(curve, series_of(LATE, EARLY))
-    assert [claim.stage for claim in claims[NEEDS]] == ["S3", "S2", "S3", "S1"]
-    assert claims[3].value == pytest.approx(1 - 1.96 * 0.05)
+    assert [claim.stage for claim in claims[NEEDS]] == ["S3", "S3", "S2", "S3", "S3", "S1"]
+    assert claims[3].value == pytest.approx(1 + BASE - 1.96 * 0.05)
+    assert claims[4].value == pytest.approx(1 - 1.96 * 0.05)
     for close in (-LATE, 0 * LATE, 0.09 * LATE, 0.105 * LATE):  # less than bigrams, nothing, within the errors, little
         _, claims = concluded(curve, series_of(close, LATE))
-        assert [claim.holds for claim in claims[NEEDS]] == [False, False, True, True]
-    _, claims = concluded(curve, series_of(0 * LATE, 0 * LATE, error=0.0))  # paths that do nothing at all
+        assert [claim.holds for claim in claims[NEEDS]] == [close[-1] > -BASE, False, False, True, True, True]
+    nothing = series_of(0 * LATE, 0 * LATE, error=0.0)  # paths that do nothing at all
+    _, claims = concluded(curve, nothing | {"all": nothing["excess"]})
     assert not any(claim.holds for claim in claims[NEEDS])
     _, claims = concluded(curve, series_of(np.log1p(STEPS), LATE))  # grows all the time alike
-    assert [claim.holds for claim in claims[NEEDS]] == [True, False, True, True]
+    assert [claim.holds for claim in claims[NEEDS]] == [True, True, False, True, True, True]
 
 
 def unrefined(curve: LLCCurve) -> LLCCurve:
@@ -319,19 +323,18 @@ def test_text_without_kinds_has_no_needs_and_still_reports(n_layers: int) -> Non
     series = {name: np.stack([value] * len(STEPS)) for name, value in row.items()}
     curve = unrefined(curve_of(FALLS, RISES))
     derived, claims = concluded(curve, series, facts=facts)
-    assert len(claims) == 7 and np.isnan([claim.value for claim in claims]).all()
+    assert len(claims) == 9 and np.isnan([claim.value for claim in claims]).all()
     report = Report("multigram_circuit", STEPS, series, tuple(claims), facts, derived)
     for columns, rows in analysis.tables(report).values():
         assert all(len(row) == len(columns) for row in rows)
     assert analysis.plot(report, SimpleNamespace(stages=STAGES, curve=curve))
 
 
-def test_the_claims_are_the_same_for_any_stages_and_hold_for_none() -> None:
+def test_the_claims_are_the_same_for_any_stages_and_without_any_only_those_on_the_end_are_judged() -> None:
     curve = curve_of(FALLS, RISES)
     _, claims = concluded(curve)
     _, without = concluded(curve, stages=())
-    assert [claim.text for claim in without] == [claim.text for claim in claims]
-    assert {claim.stage for claim in without} == {"none"} and not any(claim.holds for claim in without)
+    assert_only_the_end_is_judged(without, claims)
 
 
 def test_tables_and_figures() -> None:
@@ -341,7 +344,7 @@ def test_tables_and_figures() -> None:
     paths, composition, reference = analysis.tables(report).values()
     for columns, rows in (paths, composition, reference):
         assert rows and all(len(row) == len(columns) for row in rows)
-    assert paths[1][CLOSE][:3] == ["close", "1.000 ± 0.05", "1.000 ± 0.05"] and paths[1][NEVER][1] == "–"
+    assert paths[1][CLOSE][:3] == ["close", "1.300 ± 0.05", "1.000 ± 0.05"] and paths[1][NEVER][1] == "–"
     assert reference[0] == ["layer", "step 0", "step 600", "step 3000"]
     figures = analysis.plot(report, SimpleNamespace(stages=STAGES, curve=curve))
     assert all(isinstance(figure, Figure) for figure in figures.values())

@@ -1,5 +1,6 @@
 """The multigrams that heads memorize: on invented sequences, on hand-built heads, and against what was planted."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +9,13 @@ import torch
 
 from analyses import multigrams as analysis
 from mechgrok import seeds
-from mechgrok.measures.multigrams import Multigram, associated, memorized, places, score
+from mechgrok.measures.head_types import MIN_MULTIGRAMS, typed_heads
+from mechgrok.measures.multigrams import Multigram, associated, memorized, memorized_on, places, score
+from mechgrok.model import at_once
 from mechgrok.tasks import planted_language
 from mechgrok.tasks.next_token import next_token_examples
 from mechgrok.types import Examples, LLCCurve, Split, Stage
+from tests.hand_built import TableHead, table_model
 from tests.planted import A_STAGE, language_config
 
 
@@ -25,6 +29,7 @@ def test_a_context_that_decides_the_target_is_associated_and_a_bigram_is_not() -
     rng = np.random.default_rng(0)
     rows = [[int(rng.integers(10, 20)), 1, int(rng.integers(2, 4))] for _ in range(400)] + [[7, 1, 2]] * 30
     rows += [[int(rng.integers(10, 20)), 4, 5] for _ in range(400)]
+    rows += [[8, 9, 3]] * 30  # with no other source before 9, it may be the bigram
     found = associated(*flat(rows), contiguous=True)
     assert list(found) == [Multigram(7, 1, 2, True)]
     assert found[Multigram(7, 1, 2, True)].tolist() == list(range(400, 430))
@@ -83,7 +88,7 @@ def run_memorized(
     loss = torch.full((n, length), 0.05 if known else 2.0, dtype=torch.float64)
     monkeypatch.setattr(measure, "position_losses", lambda *_: loss)
     monkeypatch.setattr(measure, "position_ablations", lambda *_: added)
-    monkeypatch.setattr(measure, "_attention", lambda *_: [pattern] * len(knows))
+    monkeypatch.setattr(measure, "_attention", lambda *_: iter([np.stack([pattern] * len(knows))]))
     found = memorized(None, split.test, split.labels, split.bos, "mean", seeds.stream(0, "x"))  # type: ignore[arg-type]
     for memory in found:
         assert (memory.at_multigrams > 0) == bool(memory.multigrams)
@@ -126,7 +131,164 @@ def test_the_score_counts_planted_ones_once_and_another_language_scores_nothing(
     assert np.isnan(score([], planted.language).precision)
 
 
-def conclude(counts: np.ndarray, llcs: np.ndarray) -> dict[str, float]:
+# ---- hand-built heads
+
+N_TOKENS, LENGTH, N_ROWS = 23, 20, 250
+SECOND, CLOSER = 1, 2  # what comes after the source: of an n-gram directly, of a skip n-gram with a gap
+ANSWERS, FILLERS = range(13, 18), range(18, 23)
+NGRAMS = tuple(Multigram(3 + i, SECOND, ANSWERS[i], True) for i in range(MIN_MULTIGRAMS))
+SKIPS = tuple(Multigram(8 + i, CLOSER, ANSWERS[-1 - i], False) for i in range(MIN_MULTIGRAMS))
+GAIN = 12.0
+ADDED = float(np.log(N_TOKENS) - np.log1p((N_TOKENS - 1) * np.exp(-GAIN)))  # by zeroing the head that knows
+
+
+def table_rows(own: int = 5, one_answer: bool = False, hint: bool = False) -> Split:
+    """BOS and fillers, with one n-gram, twice in every other row, and one skip n-gram with a gap of one to three.
+
+    own: of five times, how often the source gets its own answer and not any of the others. one_answer: all sources
+    have the same. hint: before the n-gram comes a filler that tells which it is.
+    """
+    rng = np.random.default_rng(0)
+
+    def some(least: int, most: int) -> list[int]:
+        return rng.choice(FILLERS, rng.integers(least, most + 1)).tolist()
+
+    def answer(known: Multigram, turn: int) -> int:
+        if one_answer:
+            return ANSWERS[0]
+        others = [token for token in ANSWERS if token != known.target]
+        return known.target if turn % 5 < own else int(rng.choice(others))
+
+    rows = []
+    for row in range(N_ROWS):
+        ngram, skip = NGRAMS[row % 5], SKIPS[(row + row // 5) % 5]
+        said = [ngram.source, SECOND, answer(ngram, row // 5)]
+        made = [0, *some(0, 1), *([FILLERS[row % 5]] if hint else []), *said, *some(1, 2)]
+        made += [skip.source, *some(1, 3), CLOSER, answer(skip, row // 25), *some(1, 2), *(said if row % 2 else [])]
+        rows.append(made + some(LENGTH - len(made), LENGTH - len(made)))
+    examples = next_token_examples(torch.tensor(rows))
+    examples.weights[:, :2] = 0.0  # no place of either
+    return Split(examples, examples, tuple(f"w{token}" for token in range(N_TOKENS)), N_TOKENS, bos=0)
+
+
+TABLE = table_rows()
+
+
+def knowing_head(known: tuple[Multigram, ...], gain: float = GAIN, sink: float = 150.0, back: int = 1) -> TableHead:
+    """A source raises its target where the token looks at it, in an n-gram only `back` positions before.
+
+    Without a source the token looks at BOS, which writes nothing. sink: the score of BOS; a source has 200.
+    """
+    looks, writes, where = (torch.zeros(n, n) for n in (N_TOKENS, N_TOKENS, LENGTH))
+    looks[:, 0] = sink
+    for one in known:
+        looks[one.token, one.source] = 100.0 if one.contiguous else 200.0
+        writes[one.source, one.target] = gain
+    if known[0].contiguous:
+        where += 100 * torch.diag(torch.ones(LENGTH - back), -back)
+    return TableHead(looks, writes, where)
+
+
+IDLE = TableHead(torch.zeros(N_TOKENS, N_TOKENS), torch.zeros(N_TOKENS, N_TOKENS))
+
+
+def what_is_found(split: Split, *heads: TableHead) -> list[tuple[Multigram, ...]]:
+    return [memory.multigrams for memory in memorized_on(table_model(split, heads), split)]
+
+
+def test_hand_built_heads_have_memorized_what_they_know_and_an_idle_one_nothing() -> None:
+    found = what_is_found(TABLE, knowing_head(NGRAMS), knowing_head(SKIPS), IDLE)
+    assert found == [NGRAMS, SKIPS, ()]
+    # Not what the data hold, but what each head does of it.
+    assert what_is_found(TABLE, knowing_head(SKIPS[1:]), knowing_head(NGRAMS[:2])) == [SKIPS[1:], NGRAMS[:2]]
+
+
+def test_what_is_found_does_not_depend_on_how_many_rows_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechgrok.model.EVALUATED", 2**16)
+    model = table_model(TABLE, [knowing_head(NGRAMS), knowing_head(SKIPS)])
+    assert 1 < at_once(model, TABLE.test) < N_ROWS / 2
+    assert [memory.multigrams for memory in memorized_on(model, TABLE)] == [NGRAMS, SKIPS]
+
+
+def test_the_harm_of_a_head_is_counted_at_its_multigrams_and_at_repeats() -> None:
+    """One n-gram and one skip n-gram a row, and the n-gram once more in every other row: then it repeats."""
+    model = table_model(TABLE, [knowing_head(NGRAMS), knowing_head(SKIPS), IDLE])
+    found = memorized(model, TABLE.test, TABLE.labels, TABLE.bos, "zero", seeds.stream(0))
+    assert [memory.at_multigrams for memory in found] == pytest.approx([ADDED, ADDED, 0.0], abs=1e-4)
+    assert [memory.at_repeats for memory in found] == pytest.approx([ADDED / 2, 0.0, 0.0], abs=1e-4)
+
+
+def test_hand_built_heads_with_enough_multigrams_are_multigram_heads() -> None:
+    found = typed_heads(table_model(TABLE, [knowing_head(NGRAMS), knowing_head(SKIPS), IDLE]), TABLE)
+    assert [of.type for of in found] == ["multigram", "multigram", "dead"]
+    assert [of.scores["multigrams"] for of in found] == [MIN_MULTIGRAMS, MIN_MULTIGRAMS, 0]
+    # One that looks at the token before whatever it is knows as much, and is a previous-token head.
+    (nearby,) = typed_heads(table_model(TABLE, [knowing_head(NGRAMS, sink=50.0)]), TABLE)
+    assert (nearby.type, nearby.scores["multigrams"]) == ("previous-token", MIN_MULTIGRAMS)
+    fewer = typed_heads(table_model(TABLE, [knowing_head(NGRAMS[1:]), knowing_head(SKIPS[1:])]), TABLE)
+    assert [(of.type, of.scores["multigrams"]) for of in fewer] == [("first-token", MIN_MULTIGRAMS - 1)] * 2
+
+
+@pytest.mark.parametrize("own", [1, 2])
+def test_answers_that_the_data_do_not_tie_to_the_source_are_not_memorized(own: int) -> None:
+    """At one in five, a source has no answer of its own; at two, it has, but mostly gets another."""
+    assert what_is_found(table_rows(own), knowing_head(NGRAMS), knowing_head(SKIPS)) == [(), ()]
+
+
+def test_a_bigram_that_a_head_reads_off_the_source_is_no_multigram() -> None:
+    rows = table_rows(one_answer=True)
+    heads = [knowing_head(tuple(replace(one, target=ANSWERS[0]) for one in known)) for known in (NGRAMS, SKIPS)]
+    assert what_is_found(rows, *heads) == [(), ()]
+    # From the closer the start token answers, all other tokens look at themselves.
+    looks, writes = 100 * torch.eye(N_TOKENS), torch.zeros(N_TOKENS, N_TOKENS)
+    looks[CLOSER, 0], writes[0, ANSWERS[0]] = 200.0, GAIN
+    assert what_is_found(rows, TableHead(looks, writes)) == [()]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gain": 1.5}, {"sink": 205.0, "gain": GAIN * (1 + np.exp(5))}], ids=["unsure", "looks at BOS"]
+)
+def test_heads_that_are_not_sure_or_hardly_look_have_memorized_nothing(changes: dict[str, float]) -> None:
+    """The unsure ones take the loss from 3.1 to 1.8 nats; the others read faintly and write loudly."""
+    heads = [knowing_head(NGRAMS, **changes), knowing_head(SKIPS, **changes)]
+    assert what_is_found(TABLE, *heads) == [(), ()]
+
+
+def test_twins_of_which_each_suffices_have_memorized_what_another_rows_value_spoils() -> None:
+    """Zeroing one costs nothing, as the other stays; what it writes in another row is often another answer."""
+    twins = [knowing_head(NGRAMS), knowing_head(NGRAMS)]
+    by_zero = memorized(table_model(TABLE, twins), TABLE.test, TABLE.labels, TABLE.bos, "zero", seeds.stream(0))
+    assert [memory.multigrams for memory in by_zero] == [(), ()]
+    assert what_is_found(TABLE, *twins) == [NGRAMS, NGRAMS]
+
+
+def test_one_place_in_six_that_suffers_is_too_few() -> None:
+    """Another head knows the n-grams as well, but not of a source in second place."""
+    early = TABLE.test.tokens[:, 2] == SECOND
+    other = knowing_head(NGRAMS)
+    assert other.where is not None
+    other.where[2] = 0.0
+    model = table_model(TABLE, [knowing_head(NGRAMS), other])
+    for n_early, expected in ((1, ()), (6, NGRAMS)):
+        rows: list[int] = []
+        for one in NGRAMS:
+            mine = (TABLE.test.tokens[:, 1:3] == one.source).any(1)
+            rows += (mine & early).nonzero().flatten()[:n_early].tolist()
+            rows += (mine & ~early).nonzero().flatten()[: 6 - n_early].tolist()
+        chosen = Examples(TABLE.test.tokens[rows], TABLE.test.targets[rows], TABLE.test.weights[rows])
+        found = memorized(model, chosen, TABLE.labels, TABLE.bos, "zero", seeds.stream(0))
+        assert [memory.multigrams for memory in found] == [expected, ()]
+
+
+def test_a_head_that_reads_an_ngram_off_a_token_before_it_has_not_memorized_it() -> None:
+    """Nor is that a skip n-gram, as the n-gram explains the place."""
+    rows = table_rows(hint=True)
+    hints = tuple(replace(one, source=FILLERS[i]) for i, one in enumerate(NGRAMS))
+    assert what_is_found(rows, knowing_head(hints, back=2)) == [()]
+    assert what_is_found(rows, knowing_head(NGRAMS)) == [NGRAMS]
+
+
+def conclude(counts: np.ndarray, llcs: np.ndarray, n_typed: int = 8) -> dict[str, float]:
     heads = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
     curve = LLCCurve(np.array([1, 100]), ("model", *heads), np.vstack([[1.0, 2.0], np.column_stack([llcs, llcs])]),
                      np.full((9, 2), 0.1))  # fmt: skip
@@ -134,7 +296,8 @@ def conclude(counts: np.ndarray, llcs: np.ndarray) -> dict[str, float]:
         "step": np.array([1, 100]), "ngrams": np.array([0 * counts, counts]), "skip_ngrams": np.zeros((2, 8)),
         "found": np.array([0.0, 5.0]), "precision": np.array([np.nan, 0.9]), "recall": np.array([0.0, 0.7]),
     }  # fmt: skip
-    derived = analysis.derive(series, curve, {"heads": heads}, np.random.default_rng(0))
+    facts = {"heads": heads, "multigram heads": heads[:n_typed]}
+    derived = analysis.derive(series, curve, facts, np.random.default_rng(0))
     stages: list[Stage] = [A_STAGE]
     return {claim.text[:20]: claim.value for claim in analysis.conclude(series | derived, stages, curve)}
 
@@ -145,6 +308,11 @@ def test_the_claims_read_what_they_say() -> None:
     assert agreeing["planted multigrams a"] == 0.7 and agreeing["what is found at the"] == 0.9
     assert agreeing["heads that memorized"] < 0.01 < 0.9 < opposed["heads that memorized"]
     assert np.isnan(conclude(np.zeros(8), counts * 1.0)["heads that memorized"])
+    assert agreeing["beside it: multigram"] == agreeing["heads that memorized"]
+    other = np.array([0, 1, 2, 3, 4, 5, -7, -6.0])  # two heads of another type have the smallest LLC
+    found = conclude(counts, other, n_typed=6)
+    assert found["beside it: multigram"] < 0.01 < 0.3 < found["heads that memorized"]
+    assert np.isnan(conclude(counts, other, n_typed=4)["beside it: multigram"])  # too few
 
 
 def test_examples_stay_as_they_are(planted: SimpleNamespace) -> None:

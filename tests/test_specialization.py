@@ -14,6 +14,7 @@ from mechgrok.model import build_model, evaluate
 from mechgrok.tasks import make_split
 from mechgrok.types import LLCCurve, Report, Stage
 from tests.oracles import tiny_config
+from tests.planted import assert_only_the_end_is_judged
 
 ERROR = np.array([0.1, 0.2, 0.15, 0.1, 0.3, 0.1, 0.2, 0.1])
 
@@ -172,6 +173,8 @@ def test_the_planted_induction_head_is_found_first_on_repeats_and_last_on_ngrams
     assert derived["final_specialization"][repeats, 6] == pytest.approx((2.0 - 1.0) - (1.3 - 1.7), abs=0.2)
     assert holm(derived["p_layer"])[1] < 0.001 < holm(derived["p_layer"])[0]
     assert derived["specialization"].shape == (2, 8, len(STEPS))
+    # One induction head among the four of its layer, all of them as often first if they were alike.
+    assert [claim.chance for claim in claims] == [0.05, 0.05, 0.25, 0.25, 0.75, 0.75, 0.25, 0.75, 0.025]
 
 
 def test_of_twins_neither_is_surely_first_but_one_of_them_is() -> None:
@@ -181,6 +184,7 @@ def test_of_twins_neither_is_surely_first_but_one_of_them_is() -> None:
     }
     _, claims = concluded(planted(twins), facts)
     assert not claims[3].holds and claims[6].holds and claims[7].holds
+    assert [claim.chance for claim in claims[6:8]] == [0.5, 0.5]
     _, alone = concluded(planted(twins))  # the other twin is of another type
     assert not alone[6].holds
 
@@ -260,11 +264,10 @@ def test_without_refined_heads_nothing_holds_and_nothing_fails(names: tuple[str,
     assert analysis.plot(report, SimpleNamespace(curve=curve, stages=STAGES))
 
 
-def test_the_claims_are_the_same_for_any_stages_and_hold_for_none() -> None:
+def test_the_claims_are_the_same_for_any_stages_and_without_any_only_those_on_the_end_are_judged() -> None:
     _, claims = concluded(planted())
     _, without = concluded(planted(), stages=())
-    assert [claim.text for claim in without] == [claim.text for claim in claims]
-    assert {claim.stage for claim in without} == {"none"} and not any(claim.holds for claim in without)
+    assert_only_the_end_is_judged(without, claims)
 
 
 def test_tables_and_figures() -> None:

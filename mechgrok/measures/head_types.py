@@ -135,9 +135,12 @@ def head_evidence(
     return tuple(evidence)
 
 
-def typed_heads(model: HookedTransformer, split: Split) -> tuple[HeadEvidence, ...]:
-    """`head_evidence` with the multigrams that each head has memorized, on fixed random tokens."""
-    return head_evidence(model, split, seeds.stream(0, "head types"), memorized_on(model, split))
+def typed_heads(
+    model: HookedTransformer, split: Split, memories: Sequence[Memory] | None = None
+) -> tuple[HeadEvidence, ...]:
+    """`head_evidence` on fixed random tokens, with what each head has memorized; that is found if it is not given."""
+    known = memorized_on(model, split) if memories is None else memories
+    return head_evidence(model, split, seeds.stream(0, "head types"), known)
 
 
 def strong_heads(scores: AttentionScores) -> Tensor:
