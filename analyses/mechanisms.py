@@ -194,7 +194,7 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     axes[0].legend(frameon=False, fontsize=8)
     plotting.developmental_axis(axes[0], study.stages, "loss by kind of target (nats)")
     axes[1].plot(report.steps, report.series["previous token"])
-    plotting.developmental_axis(axes[1], study.stages, "attention to the previous token, over chance")
+    plotting.developmental_axis(axes[1], study.stages, "previous token (attention over chance)")
     axes[2].plot(report.steps, report.series["induction"])
     plotting.developmental_axis(axes[2], study.stages, "gain of a second copy in order (nats)")
     fig_context, axes = plotting.panels(2)
