@@ -65,11 +65,15 @@ def load(name: str) -> Analysis:
     return cast(Analysis, importlib.import_module(f"analyses.{name}"))
 
 
-def check(name: str, config: RunConfig) -> None:
-    """Raise AnalysisError, before any work, if the analysis is unknown or cannot read the configured task or model."""
-    _check_task(load(name), config.task.name)
+def check(names: Sequence[str], config: RunConfig) -> None:
+    """Raise AnalysisError, before any work, if one of these is unknown or cannot read the configured task or model."""
+    asked = [load(name) for name in names]
+    for analysis in asked:
+        _check_task(analysis, config.task.name)
     split = make_split(config.task, config.seed)
-    _prepared(load(name), build_model(config.model, split, config.seed), with_kinds(_few(split)))
+    model, few = build_model(config.model, split, config.seed), with_kinds(_few(split))
+    for analysis in asked:
+        _prepared(analysis, model, few)
 
 
 def _check_task(analysis: Analysis, task: str) -> None:

@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import Series, claim, end_of
 from mechgrok import plotting
-from mechgrok.components import head_layer
+from mechgrok.components import head_layer, head_of
 from mechgrok.measures.clustering import Method, agreement, cluster, perturbed, resample, standardize, types_test
 from mechgrok.measures.head_types import typed_heads
 from mechgrok.stages import usable_points
@@ -175,7 +175,7 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
             usable, row = usable_points(curve, head), curve.row(head)
             color = f"C{int(label)}" if np.isfinite(label) else "0.6"
             ax.errorbar(curve.steps[usable], curve.llc[row][usable], 1.96 * curve.std_error[row][usable],
-                        color=color, lw=1, elinewidth=0.5, marker=f"${head.split('H')[1]}$", label=text)  # fmt: skip
+                        color=color, lw=1, elinewidth=0.5, marker=f"${head_of(head)[1]}$", label=text)  # fmt: skip
         plotting.developmental_axis(ax, study.stages, f"wrLLC, layer {layer}")
         if ax.has_data() and ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=7)

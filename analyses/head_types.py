@@ -72,7 +72,8 @@ def derive(
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Does a previous-token head form in one stage, and prefix matching; does the LLC rise there; are heads found?"""
-    best = {name.removeprefix("best "): of for name, of in series.items() if name == "step" or name.startswith("best ")}
+    names = ("previous-token", "prefix matching")
+    best = {"step": series["step"]} | {name: series[f"best {name}"] for name in names}
     last = end_of(stages, series)
 
     def where(name: str) -> Stage | None:

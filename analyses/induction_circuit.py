@@ -18,12 +18,12 @@ from transformer_lens import HookedTransformer
 
 from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
 from mechgrok import plotting, seeds
+from mechgrok.components import head_of
 from mechgrok.measures.ablation import ABLATION_KINDS
 from mechgrok.measures.circuits import (
     PairEvidence,
     WeightedMean,
     head_name,
-    head_of,
     induction_scores,
     induction_search,
     joint_ablation,

@@ -29,9 +29,10 @@ IMPORTS = time.perf_counter() - START
 
 def cpu_seconds() -> float:
     """Of this process and of its workers, those that live and those that have ended."""
-    each = [psutil.Process().cpu_times(), *(child.cpu_times() for child in psutil.Process().children(recursive=True))]
-    own = each[0]
-    return sum(of.user + of.system for of in each) + own.children_user + own.children_system
+    process = psutil.Process()
+    own = process.cpu_times()
+    living = [own, *(child.cpu_times() for child in process.children(recursive=True))]
+    return sum(of.user + of.system for of in living) + own.children_user + own.children_system
 
 
 @contextmanager

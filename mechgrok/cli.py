@@ -51,8 +51,7 @@ def run(
         from mechgrok.config import load_config
 
         config = load_config(source) if memory is None else load_config(source).with_memory(memory)
-        for name in config.analyses.names:
-            contract.check(name, config)  # refused before hours of work
+        contract.check(config.analyses.names, config)  # refused before hours of work
         progress("starting", 1, 1)
         study = pipeline.run(config, out_dir, workers, progress, scheduler)
         reports = _analyse(study, study.config.analyses.names, progress, workers)

@@ -24,12 +24,17 @@ Masks = dict[str, Tensor | None]
 FwdHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
+def head_of(name: str) -> tuple[int, int]:
+    """The (layer, head) of a name, (3, 1) of "L3H1". Raises ComponentError for another text."""
+    match = HEAD_NAME.fullmatch(name)
+    if match is None:
+        raise ComponentError(f'a head reads "L0H3", got {name!r}; name its layer and its place there')
+    return int(match[1]), int(match[2])
+
+
 def head_layer(name: str) -> int:
-    """The layer of a head, 3 of "L3H1". Raises ComponentError for any other name."""
-    found = HEAD_NAME.fullmatch(name)
-    if found is None:
-        raise ComponentError(f"{name!r} is no head; name one as L0H3")
-    return int(found[1])
+    """The layer of a head by name."""
+    return head_of(name)[0]
 
 
 def component(model: HookedTransformer, name: str) -> Component:

@@ -57,7 +57,7 @@ def run(
         check_scheduler(scheduler)
     config = load_config(source)
     path = Path(out or Path("runs") / config.name)
-    if not (path / "llc.nc").exists():  # a run that has ended is only read
+    if not RunDirectory.holds(path, "llc.nc"):  # a run that has ended is only read
         check_device("train.device", getattr(config.train, "device", "cpu"))
         check_device("llc.sampling.device", config.llc.sampling.device if scheduler is None else "cpu")
     split, names = _checked(config)
@@ -78,7 +78,7 @@ def train_only(
     """The first part of `run`: the trajectory alone."""
     config = load_config(source)
     path = Path(out or Path("runs") / config.name)
-    if not (path / "checkpoints").exists():
+    if not RunDirectory.holds(path, "checkpoints"):
         check_device("train.device", getattr(config.train, "device", "cpu"))
     split, _ = _checked(config)
     directory = RunDirectory.create(path, config)

@@ -58,6 +58,11 @@ class RunDirectory:
 
     # ---- opening
 
+    @staticmethod
+    def holds(path: Path, name: str) -> bool:
+        """Whether there is a directory at `path` that has this file or folder."""
+        return (path / name).exists()
+
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> "RunDirectory":
         """Make the directory, or open it if it already holds this configuration, whatever `stages` and `analyses` are.

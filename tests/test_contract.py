@@ -76,7 +76,7 @@ def test_an_analysis_that_does_not_fit_the_task_is_refused_before_any_work() -> 
     with pytest.raises(
         AnalysisError, match="'mechanisms' applies to planted-language, text, hugging-face, not to 'mod"
     ):
-        contract.check("mechanisms", tiny_config())
+        contract.check(["mechanisms"], tiny_config())
 
 
 def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(applied: tuple[str, Study]) -> None:

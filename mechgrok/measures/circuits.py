@@ -14,8 +14,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from mechgrok.components import HEAD_NAME
-from mechgrok.errors import ComponentError
+from mechgrok.components import head_of
 from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
 from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attention_scores, prefix_matching
 from mechgrok.measures.composition import composition_scores
@@ -74,14 +73,6 @@ def weighted_mean(values: Tensor, weights: Tensor) -> WeightedMean:
 def head_name(head: Head) -> str:
     """ "L0H3"."""
     return f"L{head[0]}H{head[1]}"
-
-
-def head_of(name: str) -> Head:
-    """The head by name. Raises ComponentError for another text."""
-    match = HEAD_NAME.fullmatch(name)
-    if match is None:
-        raise ComponentError(f'a head reads "L0H3", got {name!r}; name its layer and its place there')
-    return int(match[1]), int(match[2])
 
 
 def pair_name(pair: Pair) -> str:
