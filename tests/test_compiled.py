@@ -18,6 +18,7 @@ from mechgrok.replicas.norms import NORM, normalize, normalize_back
 from mechgrok.replicas.packing import Linear, Packed, fill
 from mechgrok.replicas.products import OPTIONS, ZERO
 from mechgrok.replicas.whole import NetworkPotential
+from mechgrok.reproducible import without_denormals
 from mechgrok.sampling.potential import Potential
 from tests.test_replicas import N_CHAINS, N_EXAMPLES, PLENTY, build, examples, moved
 
@@ -64,6 +65,18 @@ def test_bfloat16_goes_where_it_is_fastest(
     net = Network(model, examples(model))
     assert (compiled.why_not(net, "bfloat16") is None) == serves
     assert compiled.why_not(net, "float32") is None
+
+
+def test_the_passes_make_no_denormals_whatever_the_caller_has_set() -> None:
+    """Masked keys and far classes have shares below 1.2e-38, and a processor may take a hundred cycles for each."""
+    for potential in potentials(d_mlp=7):
+        passes, (theta, index) = potential._compiled.passes, (moved(potential.anchor), batch(9))
+        plain = potential.losses_and_grad(theta, index)
+        left = passes._room
+        assert not ((left != 0) & (left.abs() < torch.finfo(torch.float32).tiny)).any()
+        with without_denormals():
+            flushed = potential.losses_and_grad(theta, index)
+        assert all(torch.equal(one, other) for one, other in zip(plain, flushed, strict=True))
 
 
 def test_bfloat16_is_for_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mechgrok.config import load_config
 from mechgrok.errors import ConfigError
 from mechgrok.model import build_model, evaluate, model_losses
-from mechgrok.reproducible import reproducible
+from mechgrok.reproducible import reproducible, without_denormals
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.train import checkpoint_steps, train
@@ -82,6 +82,24 @@ def test_reproducible_restores_what_was_set_even_after_an_error() -> None:
         assert state() == (2, True, False)
         raise KeyError
     assert state() == before
+
+
+def takes_denormals_as_zero() -> list[bool]:
+    """Whether arithmetic does, on each thread that has a part of the numbers."""
+    denormal = torch.full((2**18,), 1e-40)
+    return (denormal * 1 == 0).unique().tolist()
+
+
+def test_one_thread_takes_denormals_as_zero_and_of_several_none_does() -> None:
+    with reproducible(2):
+        assert takes_denormals_as_zero() == [False]
+        with pytest.raises(KeyError), reproducible(1):
+            assert takes_denormals_as_zero() == [True]
+            raise KeyError
+        assert takes_denormals_as_zero() == [False]
+    with reproducible(1), without_denormals():
+        assert takes_denormals_as_zero() == [True]
+    assert takes_denormals_as_zero() == [False]
 
 
 def test_the_published_preset_builds_and_takes_a_step(tmp_path: Path) -> None:

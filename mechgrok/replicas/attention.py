@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.replicas import fused
+from mechgrok.reproducible import without_denormals
 
 
 def attend(
@@ -53,7 +54,8 @@ class _Fused(torch.autograd.Function):
         ctx.given = _arguments(q, rest, n_keys, scale, sums)
         ctx.strides = (z.stride(1), z.stride(0), z.stride(2)) if apart else (z.stride(0), z.stride(2), z.stride(1))
         ctx.save_for_backward(q, rest)
-        fused.attention(*ctx.given, _flat(z), ctx.strides)
+        with without_denormals():
+            fused.attention(*ctx.given, _flat(z), ctx.strides)
         return z
 
     @staticmethod
@@ -63,7 +65,8 @@ class _Fused(torch.autograd.Function):
         gradients = _flat(drest if dq is None else dq), _flat(drest)
         n_pos, d_head = rest.shape[1], rest.shape[4]
         room = [_flat(torch.empty(n_pos * width)) for width in (fused.WIDTH, d_head, d_head)]
-        fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, *room, *gradients)
+        with without_denormals():
+            fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, *room, *gradients)
         return dq, drest, None, None, None
 
 

@@ -15,8 +15,9 @@ from mechgrok.replicas.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
 from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
+from mechgrok.reproducible import without_denormals
 
-ROWS = 64  # of the residual stream at once, or those of one example if it has more
+ROWS = 96  # of the residual stream at once, or those of one example if it has more
 # Logits at once: with as many weights they stay in a core's second cache. Not a power of two: the columns of 128 rows
 # of 256 would fall on the same few lines of the first.
 LOGITS = 30720
@@ -228,7 +229,8 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
         space, others, away, gradients,
     )  # fmt: skip
     arrays = [part.detach().contiguous().view(-1).numpy() for part in tensors]
-    passes.run(record[()], layers, *arrays, dresid.view(-1).numpy())
+    with without_denormals():
+        passes.run(record[()], layers, *arrays, dresid.view(-1).numpy())
     parts = gradients.split(sizes) if sizes else ()
     each = [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)]
     return nats_of(others, away), [dresid if wanted[0] else None, *each]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.replicas import fused
+from mechgrok.reproducible import without_denormals
 
 BLOCK = 2**19  # logits at once: smaller blocks read the readout too often
 FAR = -69.0  # a target whose logit lies further below the highest has next to none of the sum of all
@@ -164,7 +165,8 @@ def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor, factor
             away,
             along,
         )
-        fused.softmax(*(part.detach().view(-1).numpy() for part in given))
+        with without_denormals():
+            fused.softmax(*(part.detach().view(-1).numpy() for part in given))
     else:
         y = logits * scale[..., None] + bias
         at, top = target[..., None], y.amax(-1, keepdim=True)

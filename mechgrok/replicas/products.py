@@ -7,7 +7,8 @@ from numba.extending import overload, register_jitable
 
 from mechgrok.replicas.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
 
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+# Without _nrt no references to arrays are counted, which takes a locked addition whenever one loop calls another.
+OPTIONS: dict[str, Any] = {"_nrt": False, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 ZERO, ONE = number(0), number(1)
 
