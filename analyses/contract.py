@@ -85,8 +85,8 @@ def _few(split: Split) -> Split:
     """The split with few rows of each kind of data, on which what cannot be computed shows at once."""
     train, test = (of.first(FEW_ROWS) for of in (split.train, split.test))
     others = {name: of.first(FEW_ROWS) for name, of in split.distributions.items()}
-    kinds = None if split.kinds is None else split.kinds[:FEW_ROWS]
-    return replace(split, train=train, test=test, distributions=others, kinds=kinds)
+    kinds, floors = (None if known is None else known[:FEW_ROWS] for known in (split.kinds, split.floors))
+    return replace(split, train=train, test=test, distributions=others, kinds=kinds, floors=floors)
 
 
 def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_at
@@ -50,19 +51,26 @@ RARE = 1e-4  # the probability of a bigram that the training data lack
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
-    """The kinds of targets, the mean loss that the training data's bigram table gives on each, and that of guessing."""
+    """The kinds of targets; the mean loss on each that the training data's bigram table gives, and what is left to who
+    knows the planted truth, where there is one; and that of guessing.
+    """
     chance = [round(chance_loss(model), 3)]
     table = bigram_table(split.train, model.cfg.d_vocab, model.cfg.d_vocab_out).clamp(min=RARE)
     examples = split.test.first(N_EXAMPLES)
     _, targets, weights = examples.tensors
     losses = -table.log()[examples.tokens[:, -targets.shape[1] :], targets]
     if split.kinds is None:
-        return {"kinds": [], "bigram level": [], "chance level": chance}
+        return {"kinds": [], "bigram level": [], "floor": [], "chance level": chance}
     kinds = split.kinds[:N_EXAMPLES, -targets.shape[1] :]
-    levels = [float(losses[(kinds == index) & (weights > 0)].mean()) for index in range(len(split.kind_names))]
+
+    def of_kinds(nats: Tensor) -> list[float]:
+        means = [nats[(kinds == index) & (weights > 0)].mean() for index in range(len(split.kind_names))]
+        return [round(float(mean), 3) for mean in means]
+
     return {
         "kinds": list(split.kind_names),
-        "bigram level": [round(level, 3) for level in levels],
+        "bigram level": of_kinds(losses),
+        "floor": [] if split.floors is None else of_kinds(split.floors[:N_EXAMPLES, -targets.shape[1] :]),
         "chance level": chance,
     }
 
@@ -172,14 +180,22 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
 
 
 def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """The dates."""
+    """The dates, and what is left of the loss of each kind."""
     rows = [
         [key.removeprefix("date of "), *(f"{step:.0f}" if np.isfinite(step) else "never" for step in dates)]
         for key, dates in report.derived.items()
         if key.startswith("date of ")
     ]
     rows.sort(key=lambda row: float(row[1]) if row[1] != "never" else math.inf)
-    return {"When mechanisms come": (["mechanism", "step", "checkpoint before", "checkpoint after"], rows)}
+    found = {"When mechanisms come": (["mechanism", "step", "checkpoint before", "checkpoint after"], rows)}
+    if not report.facts["kinds"]:
+        return found
+    losses = {"kind": report.facts["kinds"], "bigrams": report.facts["bigram level"]}
+    losses["final model"] = [float(loss) for loss in report.series["by_kind"][-1]]
+    if report.facts["floor"]:
+        losses["floor: known tables, known what has begun"] = report.facts["floor"]
+    of_kinds = [[row[0], *(f"{loss:.2f}" for loss in row[1:])] for row in zip(*losses.values(), strict=True)]
+    return found | {"Loss by what made the target, in nats": (list(losses), of_kinds)}
 
 
 def plot(report: Report, study: Study) -> dict[str, Figure]:

@@ -83,8 +83,8 @@ class Split:
 
     distributions: other data by name, for data-refined LLCs. bos: the token that every row begins with.
     plain: tokens that random sequences may be made of; empty for all. kinds: Int[example, pos] of `test`,
-    what made each target, as an index of `kind_names`, where the task knows it. language: the planted
-    truth, where there is one.
+    what made each target, as an index of `kind_names`, where the task knows it. floors: Float[example, pos] of
+    `test`, the nats that each target costs who knows the planted truth. language: that truth, where there is one.
     """
 
     train: Examples
@@ -96,12 +96,14 @@ class Split:
     plain: tuple[int, ...] = ()
     kinds: Tensor | None = None
     kind_names: tuple[str, ...] = ()
+    floors: Tensor | None = None
     language: Any = None
 
     def __post_init__(self) -> None:
-        if self.kinds is not None:
-            got, expected = tuple(self.kinds.shape), tuple(self.test.tokens.shape)
-            _expect(got == expected, f"kinds must have the shape of the test tokens {expected}, got {got}")
+        for name, values in (("kinds", self.kinds), ("floors", self.floors)):
+            if values is not None:
+                got, expected = tuple(values.shape), tuple(self.test.tokens.shape)
+                _expect(got == expected, f"{name} must have the shape of the test tokens {expected}, got {got}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import place_stages, smooth
 from mechgrok.types import Claim, LLCCurve, Stage, Study
 from tests.oracles import tiny_config
+from tests.planted import language_run_config
 from tests.test_stages import PEAK, STEPS, X, hump
 
 
@@ -77,6 +78,14 @@ def test_an_analysis_that_does_not_fit_the_task_is_refused_before_any_work() -> 
         AnalysisError, match="'mechanisms' applies to planted-language, text, hugging-face, not to 'mod"
     ):
         contract.check(["mechanisms"], tiny_config())
+
+
+def test_every_analysis_of_a_language_passes_the_check_on_few_rows_of_a_larger_test_set() -> None:
+    config = language_run_config()
+    assert config.task.n_test > contract.FEW_ROWS
+    names = [name for name in analyses.REGISTRY if "planted-language" in contract.load(name).TASKS]
+    assert len(names) == 7
+    contract.check(names, config)
 
 
 def test_an_untrained_trajectory_shows_nothing_that_belongs_to_a_stage(applied: tuple[str, Study]) -> None:

@@ -26,7 +26,7 @@ VOCABULARY = 40
 UNIFORM = math.log(VOCABULARY)
 KINDS = ["bigram", "free", "ngram", "skip"]
 LEVELS = [2.0, 3.0, 2.5, 2.5]  # what bigrams alone give
-FACTS = {"kinds": KINDS, "bigram level": LEVELS, "chance level": [UNIFORM]}
+FACTS = {"kinds": KINDS, "bigram level": LEVELS, "floor": [1.9, 2.8, 0.0, 0.0], "chance level": [UNIFORM]}
 STAGES = [
     Stage("S1", "rising", 0.0, 100.0, None, None, 10.0, None),
     Stage("S2", "falling", 100.0, 600.0, None, None, -3.0, None),
@@ -181,10 +181,14 @@ def test_without_kinds_only_what_needs_none_has_a_date() -> None:
 
 def test_the_table_names_every_mechanism_in_the_order_of_its_date() -> None:
     series = invented(**(IN_ORDER | {"induction": math.inf}))
-    report = Report("mechanisms", STEP, {}, (), FACTS, derived(series))
-    ((columns, rows),) = mechanisms.tables(report).values()
+    report = Report("mechanisms", STEP, series, (), FACTS, derived(series))
+    (columns, rows), (losses, of_kinds) = mechanisms.tables(report).values()
     assert [row[0] for row in rows] == ["bigrams", "n-grams", "skip n-grams", "previous token", "induction"]
     assert rows[-1][1:] == ["never"] * 3 and len(columns) == 4
+    last = f"{series['by_kind'][-1, 2]:.2f}"
+    assert of_kinds[2] == ["ngram", "2.50", last, "0.00"] and len(losses) == 4
+    without = Report("mechanisms", STEP, series, (), FACTS | {"floor": []}, derived(series))
+    assert mechanisms.tables(without)["Loss by what made the target, in nats"][1][2] == ["ngram", "2.50", last]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -209,6 +213,10 @@ def test_an_untrained_model_is_at_chance(known: bool) -> None:
         levels = dict(zip(facts["kinds"], facts["bigram level"], strict=True))
         assert facts["chance level"] == [round(chance, 3)]
         assert all(1 < levels[kind] < chance for kind in ("bigram", "ngram", "repeat"))
+        floors = dict(zip(facts["kinds"], facts["floor"], strict=True))
+        assert floors["ngram"] == floors["repeat"] == floors["skip"] == 0
+        # Of a chain's targets bigrams know nearly all, but for the rate at which something else begins.
+        assert 0.5 * levels["bigram"] < floors["bigram"] < chance and floors["free"] > floors["bigram"]
     # The same model at every checkpoint has no date for anything, and nothing is divided by nothing.
     series = {"step": STEP} | {key: np.array([value] * len(STEP)) for key, value in found.items()}
     dates = mechanisms.derive(series, curve(10.0), facts, np.random.default_rng(0))

@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 
 from mechgrok.measures.in_context import bigram_table
 from mechgrok.task_config import MechanismRates, PlantedLanguageConfig
-from mechgrok.tasks import make_split
-from mechgrok.tasks.planted_language import KINDS, Language, make_language, sample_rows
+from mechgrok.tasks import make_split, planted_language
+from mechgrok.tasks.planted_language import KINDS, Language, Rows, make_language, sample_rows
 from mechgrok.types import Split
 from tests.planted import RATES, language_config
 
@@ -143,7 +143,7 @@ def test_copies_end_before_a_token_that_is_not_plain_and_are_as_long_as_told() -
     """Where only segments are copied and brackets opened, each run of a copy is read off its kinds."""
     rates = RATES.model_copy(update=NOTHING | {"repeat": 0.3, "open": 0.3, "repeat_length": (5, 7)})
     language = make_language(language_config(), seed=0)
-    tokens, kinds = sample_rows(language, rates, 400, 32, np.random.default_rng(0))
+    tokens, kinds, _ = sample_rows(language, rates, 400, 32, np.random.default_rng(0))
     copied = 0
     for row, kind in zip(tokens.tolist(), kinds.tolist(), strict=True):
         at = 1
@@ -199,6 +199,52 @@ def test_two_neighbours_tell_an_ngram() -> None:
     assert max(pairs.values()) == 1
 
 
+# ---- floors: what a target costs who knows the tables and what has begun
+
+
+def drawn(n: int = 3000, length: int = 24) -> Rows:
+    language = make_language(language_config(), 0)
+    return sample_rows(language, RATES, n, length, np.random.default_rng(0), with_floors=True)
+
+
+def test_tokens_come_as_often_as_the_floors_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a token is drawn, the probabilities of all tokens sum to 1, and each comes so often in all."""
+    original, n_tokens = planted_language._probability, make_language(language_config(), 0).n_tokens
+    expected, variance, seen, by_chain = (np.zeros(n_tokens) for _ in range(4))
+
+    def watched(language: Language, rates: MechanismRates, before, token, possible, to_close) -> np.ndarray:
+        free = possible["ngram"]
+        each = np.stack(
+            [
+                original(language, rates, before, np.full_like(token, other), possible, to_close)
+                for other in range(n_tokens)
+            ]
+        )[:, free]
+        np.testing.assert_allclose(each.sum(0), 1.0, atol=1e-12)
+        expected[:] += each.sum(1)
+        variance[:] += (each * (1 - each)).sum(1)
+        seen[:] += np.bincount(token[free], minlength=n_tokens)
+        by_chain[:] += language.chain[before[free, -1]].sum(0)
+        return original(language, rates, before, token, possible, to_close)
+
+    monkeypatch.setattr(planted_language, "_probability", watched)
+    rows = drawn()
+    assert seen.sum() == (rows.floors > 0).sum() > 10_000
+    comes = variance > 0
+    assert (seen[~comes] == 0).all() and comes.sum() == n_tokens - 1  # all but BOS
+    away = np.abs(seen - expected)[comes] / np.sqrt(variance[comes])
+    assert away.max() < 4.5
+    assert (np.abs(seen - by_chain)[comes] / np.sqrt(variance[comes])).max() > 20  # the control: the chain alone
+
+
+def test_what_has_begun_costs_nothing_and_all_else_something() -> None:
+    rows = drawn()
+    certain = np.isin(rows.kinds, [KINDS.index(kind) for kind in ("ngram", "repeat", "skip")])
+    assert (rows.floors[certain] == 0).all()
+    chosen = np.isin(rows.kinds, [KINDS.index(kind) for kind in ("bigram", "close")])
+    assert (rows.floors[chosen] > 0).all()
+
+
 def share(kinds: np.ndarray, kind: str) -> float:
     return float(np.mean(kinds[:, 1:] == KINDS.index(kind)))
 
@@ -208,7 +254,7 @@ def test_one_mechanism_alone_begins_at_its_rate() -> None:
     language, length, n = make_language(language_config(), 0), 200, 400
 
     def kinds(**rates: Any) -> tuple[np.ndarray, np.ndarray]:
-        return sample_rows(language, RATES.model_copy(update=NOTHING | rates), n, length, np.random.default_rng(1))
+        return sample_rows(language, RATES.model_copy(update=NOTHING | rates), n, length, np.random.default_rng(1))[:2]
 
     _, found = kinds(ngram=0.2)
     # An n-gram of 4 occupies 4 positions once begun: a cycle is 4 + (1 - .2) / .2 = 8 on average, 2 of it are known.
@@ -235,7 +281,7 @@ def test_the_distributions_differ_as_their_rates_do() -> None:
     language, names = split().language, {"ngram-heavy": "ngram", "repeat-heavy": "repeat", "bracket-heavy": "close"}
     found = {}
     for name, rates in HEAVY.items():
-        tokens, kinds = sample_rows(language, rates, 512, 32, np.random.default_rng(0))
+        tokens, kinds, _ = sample_rows(language, rates, 512, 32, np.random.default_rng(0))
         found[name] = {kind: share(kinds, kind) for kind in names.values()}
         for other, kind in names.items():
             assert (found[name][kind] > 0.1) == (name == other)

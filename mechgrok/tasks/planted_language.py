@@ -8,7 +8,8 @@ Every row begins with BOS. The next token is decided by the first of these that 
     a draw    with its rate, the start of an n-gram or of a copy, an opening bracket, the bracket that closes
               the last one open, a skip opener, the skip closer; else a token of the bigram chain
 
-so each position has a `kind`: what made it. The bigram chain gives `n_successors` plain tokens to each token
+so each position has a `kind`: what made it, and a `floor`: the nats that it costs who knows the tables and all that
+the generator has begun, so 0 where something has. The bigram chain gives `n_successors` plain tokens to each token
 with probabilities falling as 1/rank, and with `noise` any plain token. Tables are drawn from the stream
 (seed, "language"), rows from (seed, "rows", distribution, side). The mechanisms follow the stages that
 Hoogland et al. 2024 (arXiv:2402.02364) and Wang et al. 2024 (arXiv:2410.02984) saw in language; the generator is ours.
@@ -16,6 +17,7 @@ Hoogland et al. 2024 (arXiv:2402.02364) and Wang et al. 2024 (arXiv:2410.02984) 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,27 +86,40 @@ class Language:
         return None
 
 
+class Rows(NamedTuple):
+    """Of each position of a row: tokens, kinds: Int[row, pos]; floors: Float[row, pos], nats, NaN unless asked for."""
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    floors: np.ndarray
+
+
 def make_split(config: PlantedLanguageConfig, seed: int) -> Split:
     """Train and test rows at the configured rates, and test-sized rows of every other named distribution."""
     language = make_language(config, seed)
 
-    def rows(n: int, rates: MechanismRates, *names: str) -> tuple[Examples, np.ndarray]:
-        rng = np.random.default_rng(seeds.derive(seed, "rows", *names))
-        tokens, kinds = sample_rows(language, rates, n, config.n_ctx, rng)
-        return next_token_examples(torch.from_numpy(tokens)), np.roll(kinds, -1, axis=1)  # of the targets
+    def rows(n: int, rates: MechanismRates, name: str, floors: bool = False) -> Rows:
+        rng = np.random.default_rng(seeds.derive(seed, "rows", name))
+        return sample_rows(language, rates, n, config.n_ctx, rng, floors)
 
-    train, _ = rows(config.n_train, config.rates, "train")
-    test, kinds = rows(config.n_test, config.rates, "test")
+    def examples(drawn: Rows) -> Examples:
+        return next_token_examples(torch.from_numpy(drawn.tokens))
+
+    test = rows(config.n_test, config.rates, "test", floors=True)
+    kinds, floors = (torch.from_numpy(np.roll(values, -1, axis=1)) for values in test[1:])  # of the targets
     return Split(
-        train=train,
-        test=test,
+        train=examples(rows(config.n_train, config.rates, "train")),
+        test=examples(test),
         labels=language.labels,
         n_classes=language.n_tokens,
-        distributions={name: rows(config.n_refined, rates, name)[0] for name, rates in config.distributions.items()},
+        distributions={
+            name: examples(rows(config.n_refined, rates, name)) for name, rates in config.distributions.items()
+        },
         bos=BOS,
         plain=tuple(int(token) for token in language.plain),
-        kinds=torch.from_numpy(kinds),
+        kinds=kinds,
         kind_names=KINDS,
+        floors=floors,
         language=language,
     )
 
@@ -149,14 +164,12 @@ def _ngrams(config: PlantedLanguageConfig, plain: np.ndarray, rng: np.random.Gen
 
 
 def sample_rows(
-    language: Language, rates: MechanismRates, n: int, length: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, kinds): Int[n, length] each; the first token of a row is BOS.
-
-    All rows advance together, one position at a time.
-    """
+    language: Language, rates: MechanismRates, n: int, length: int, rng: np.random.Generator, with_floors: bool = False
+) -> Rows:
+    """Rows of this length, whose first token is BOS. All advance together, one position at a time."""
     rows = np.arange(n)
-    tokens, kinds = np.full((n, length), BOS), np.full((n, length), FREE)
+    tokens, kinds, floors = np.full((n, length), BOS), np.full((n, length), FREE), np.zeros((n, length))
+    floors[:, 1:] = 0.0 if with_floors else np.nan
     cumulative = language.chain.cumsum(1)
     is_plain = np.isin(np.arange(language.n_tokens), language.plain)
     ngram, ngram_at = np.zeros(n, int), np.zeros(n, int)  # which n-gram, and its next token; 0: none has begun
@@ -176,7 +189,16 @@ def sample_rows(
         left[~in_copy] = 0
         after_closer = ~in_ngram & ~in_copy & (previous == language.skip_closer)
         free = ~in_ngram & ~in_copy & ~after_closer
-        starts = _events(draw, free, rates, can_copy=t > rates.repeat_length[1], depth=depth, last_skip=last_skip)
+        possible = {
+            "ngram": free,
+            "repeat": free & (t > rates.repeat_length[1]),
+            "open": free & (depth < MAX_DEPTH),
+            "close": free & (depth > 0),
+            "skip_open": free,
+            "skip_close": free & (last_skip >= 0),
+        }
+        starts = _events(draw, possible, rates)
+        to_close = language.closers[stack[rows, depth - 1]]
 
         for mask, value in (
             (starts["open"], language.openers[(which * len(language.openers)).astype(int)]),
@@ -195,10 +217,13 @@ def sample_rows(
         token[in_ngram] = language.ngrams[ngram, ngram_at][in_ngram]
         kind[in_ngram] = np.where(ngram_at[in_ngram] >= PREFIX, NGRAM, FREE)
         closing = starts["close"]
-        token[closing] = language.closers[stack[rows, depth - 1]][closing]
+        token[closing] = to_close[closing]
         kind[closing] = CLOSE
         token[after_closer] = language.skip_targets[last_skip[after_closer] - language.skips[0]]
         kind[after_closer] = SKIP
+        if with_floors:
+            chance = _probability(language, rates, tokens[:, :t], token, possible, to_close)
+            floors[free, t] = -np.log(chance[free])
 
         opening = starts["open"]
         stack[opening, depth[opening]] = token[opening] - language.openers[0]
@@ -207,24 +232,48 @@ def sample_rows(
         source, copied, left = source + copies, copied + copies, left - copies
         ngram_at = np.where(in_ngram | begun, (ngram_at + 1) % language.ngrams.shape[1], 0)
         tokens[:, t], kinds[:, t] = token, kind
-    return tokens, kinds
+    return Rows(tokens, kinds, floors)
 
 
-def _events(
-    draw: np.ndarray, free: np.ndarray, rates: MechanismRates, can_copy: bool, depth: np.ndarray, last_skip: np.ndarray
-) -> Mapping[str, np.ndarray]:
+def _events(draw: np.ndarray, possible: Mapping[str, np.ndarray], rates: MechanismRates) -> Mapping[str, np.ndarray]:
     """Which rows begin what: {event: bool[row]}, at most one for each row; what cannot begin yet gives a bigram."""
-    possible = {
-        "ngram": free,
-        "repeat": free & can_copy,
-        "open": free & (depth < MAX_DEPTH),
-        "close": free & (depth > 0),
-        "skip_open": free,
-        "skip_close": free & (last_skip >= 0),
-    }
     found, low = {}, 0.0
     for event, mask in possible.items():
         high = low + getattr(rates, event)
         found[event] = mask & (draw >= low) & (draw < high)
         low = high
     return found
+
+
+def _probability(
+    language: Language,
+    rates: MechanismRates,
+    before: np.ndarray,
+    token: np.ndarray,
+    possible: Mapping[str, np.ndarray],
+    to_close: np.ndarray,
+) -> np.ndarray:
+    """Of each row's token, Float[row], after the tokens `before`, where nothing has begun that decides it.
+
+    The sum over events of the chance of each, if possible, times that of this token given the event, and what is left
+    times the bigram chain; a copy that would begin at a token that is not plain gives a bigram too.
+    """
+    copied, plain = np.zeros(len(token)), np.zeros(len(token))  # of a copy's first token: is it this one? is it plain?
+    lengths = range(rates.repeat_length[0], rates.repeat_length[1] + 1)
+    for n_copied in lengths if possible["repeat"].any() else ():
+        first = before[:, 1 : 1 + max(before.shape[1] - n_copied, 1)]
+        is_plain = np.isin(first, language.plain)
+        copied += (is_plain & (first == token[:, None])).mean(1) / len(lengths)
+        plain += is_plain.mean(1) / len(lengths)
+    given = {
+        "ngram": (language.ngrams[:, 0] == token[:, None]).mean(1),
+        "repeat": copied,
+        "open": np.isin(token, language.openers) / len(language.openers),
+        "close": token == to_close,
+        "skip_open": np.isin(token, language.skips) / len(language.skips),
+        "skip_close": token == language.skip_closer,
+    }
+    chances = {event: getattr(rates, event) * mask for event, mask in possible.items()}
+    rest = 1 - sum(chances.values()) + chances["repeat"] * (1 - plain)
+    begun = sum(chances[event] * given[event] for event in chances)
+    return begun + rest * language.chain[before[:, -1], token]
