@@ -3,9 +3,12 @@
     python -m benchmarks.head_settings [--write docs/heads-settings.md]
 
 All heads' wrLLCs of the preset's seed 0, which lies in runs/ or is run first, at some checkpoints, at the preset's
-settings and at others: three times nbeta, twice the localization, half the step size. An LLC that measures the loss,
-and not the localization, keeps its value; where the loss hardly shapes the draws (saturation near 1, flagged from .5
-on) it grows with nbeta. What clusters, ranks and circuits read is the order of heads within a layer.
+settings and at others: three times nbeta, twice the localization, half the step size; and a tenth of the localization,
+in chains twice as long, as the flattest directions then take longer. An LLC that measures the loss, and not the
+localization, keeps its value; where the loss hardly shapes the draws (saturation near 1, flagged from .5 on) it grows
+with nbeta. What clusters, ranks and circuits read is the order of heads within a layer: the second table has it for the
+strongest induction head of the final model, whose wdrLLC should be the first of its layer on rows full of repeats, and
+not on rows full of n-grams. Where the model is no minimum chains run downhill, and an LLC is negative.
 """
 
 import time
@@ -13,6 +16,7 @@ import time
 import numpy as np
 from scipy.stats import spearmanr
 
+from analyses import specialization
 from benchmarks.head_seeds import N_WORKERS, finished
 from benchmarks.tables import asked_target, written
 from mechgrok.components import head_layer, head_names
@@ -21,17 +25,21 @@ from mechgrok.llc.curve import estimate_units
 from mechgrok.plan import sampled_examples
 
 STEPS = (200, 1000, 2000, 3500)
+DISTRIBUTIONS = (specialization.REPEATS, specialization.NGRAMS)
 
 
 def main() -> None:
     began, target = time.time(), asked_target()
     study, _ = finished("heads-planted", 0, ("mechanisms",))
     own = study.config.llc.sampling
+    wide = {"localization": own.localization / 10, "n_burnin": 60, "n_draws": 100}
     settings: dict[str, LLCConfig] = {
         "the preset's": own,
         "three times nbeta": own.model_copy(update={"nbeta": 3 * own.nbeta}),
         "twice the localization": own.model_copy(update={"localization": 2 * own.localization}),
         "half the step": own.halved(),
+        "a tenth of the localization": own.model_copy(update=wide),
+        "that and three times nbeta": own.model_copy(update=wide | {"nbeta": 3 * own.nbeta}),
     }
     heads = head_names(study.trajectory.model_at(STEPS[-1]))
     layer = np.array([head_layer(head) for head in heads])
@@ -59,7 +67,34 @@ def main() -> None:
         "step", "settings", "wrLLC, times the preset's (median head)", "relative standard error", "saturation",
         "saturated heads", *(f"rank correlation with the preset's, layer {at}" for at in np.unique(layer)),
     )  # fmt: skip
-    written([("All heads on the training data", columns, rows)], __doc__ or "", time.time() - began, target)
+    (induction,) = specialization.prepare(study.trajectory.model_at(STEPS[-1]), study.split)["induction head"]
+    rivals = [head for head in heads if head_layer(head) == head_layer(induction)]
+    last = [(STEPS[-1], head, setting) for setting in settings.values() for head in rivals]
+    ranked = []
+    for name in DISTRIBUTIONS:
+        data = study.split.distributions[name]
+        work = estimate_units(study.trajectory, data, last, study.config.seed, N_WORKERS, study.config.llc.n_threads)
+        found = dict(work)
+        for told, setting in settings.items():
+            llc = {head: found[STEPS[-1], head, setting].llc for head in rivals}
+            own_llc, error = llc[induction], found[STEPS[-1], induction, setting].std_error
+            order = sorted(rivals, key=lambda head: -llc[head])
+            best = order[0] if order[0] != induction else order[1]
+            ranked.append(
+                [
+                    name, told, induction, f"{own_llc:.1f} ± {error:.1f}", str(1 + order.index(induction)),
+                    f"{best}: {llc[best]:.1f} ± {found[STEPS[-1], best, setting].std_error:.1f}",
+                ]
+            )  # fmt: skip
+    tables = [
+        ("All heads on the training data", columns, rows),
+        (
+            f"The induction head at step {STEPS[-1]}, on other data",
+            ("data", "settings", "head", "wdrLLC", f"rank of {len(rivals)}", "first of the others"),
+            ranked,
+        ),
+    ]
+    written(tables, __doc__ or "", time.time() - began, target)
 
 
 if __name__ == "__main__":
