@@ -31,9 +31,11 @@ regression: .venv/installed
 	$(BIN)/mechgrok run modular-addition-quick --out runs/regression
 	$(BIN)/mechgrok check runs/regression --against tests/baseline.json
 
-# Seconds per draw beside devinterp, and how they grow: about 40 minutes.
+# Seconds per draw beside devinterp, effective samples of samplers, and how cost grows: over an hour.
 bench: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --engines mechgrok "mechgrok, bfloat16" --write docs/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --engines mechgrok "mechgrok, baoab" "mechgrok, bfloat16" \
+		--write docs/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.effective --write docs/effective.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --write docs/scaling.md
 
 bench-job: .venv/installed
