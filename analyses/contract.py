@@ -71,7 +71,8 @@ def check(names: Sequence[str], config: RunConfig) -> None:
     for analysis in asked:
         _check_task(analysis, config.task.name)
     split = make_split(config.task, config.seed)
-    model, few = build_model(config.model, split, config.seed), with_kinds(_few(split))
+    # What cannot be computed shows on a few rows at once.
+    model, few = build_model(config.model, split, config.seed), with_kinds(split.first(FEW_ROWS))
     for analysis in asked:
         _prepared(analysis, model, few)
 
@@ -79,14 +80,6 @@ def check(names: Sequence[str], config: RunConfig) -> None:
 def _check_task(analysis: Analysis, task: str) -> None:
     if task not in analysis.TASKS:
         raise AnalysisError(f"analysis {analysis.NAME!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
-
-
-def _few(split: Split) -> Split:
-    """The split with few rows of each kind of data, on which what cannot be computed shows at once."""
-    train, test = (of.first(FEW_ROWS) for of in (split.train, split.test))
-    others = {name: of.first(FEW_ROWS) for name, of in split.distributions.items()}
-    kinds, floors = (None if known is None else known[:FEW_ROWS] for known in (split.kinds, split.floors))
-    return replace(split, train=train, test=test, distributions=others, kinds=kinds, floors=floors)
 
 
 def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dict[str, Any]:

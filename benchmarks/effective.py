@@ -30,19 +30,19 @@ def sampled(
     model: HookedTransformer,
     data: Examples,
     names: tuple[str, ...],
-    sampler: tuple[str, float | None],
-    **settings: float,
+    sampler: str,
+    momentum: float | None,
+    settings: dict[str, float],
 ) -> list[LLCEstimate]:
-    """The estimates of these components by a sampler with its momentum."""
-    name, momentum = sampler
-    given = {"n_chains": N_CHAINS, "n_draws": N_DRAWS, "n_burnin": N_BURNIN, "sampler": name} | settings
+    """The estimates of these components by a sampler, with its momentum if it has one."""
+    given = {"n_chains": N_CHAINS, "n_draws": N_DRAWS, "n_burnin": N_BURNIN, "sampler": sampler} | settings
     config = mg.LLCConfig(**given, **({} if momentum is None else {"momentum": momentum}))  # type: ignore[arg-type]
     with reproducible(1):
         return estimate_group(model, data, names, config=config, seed=0)
 
 
 def mean_and_error(estimates: list[LLCEstimate]) -> tuple[float, float]:
-    """Of the LLCs of heads whose noise is independent."""
+    """Of the LLCs of heads, as if their errors were independent; they share their batches, though not their noise."""
     errors = [one.std_error for one in estimates]
     return float(np.mean([one.llc for one in estimates])), float(np.linalg.norm(errors) / len(errors))
 
@@ -57,7 +57,7 @@ def rows_of(shape_name: str) -> list[list[str]]:
         asked += [("baoab", 0.8, shape.settings | fine)] if target != "model" else []
         first = None
         for name, momentum, settings in asked:
-            found = sampled(model, data, names, (name, momentum), **settings)
+            found = sampled(model, data, names, name, momentum, settings)
             share = float(np.mean([one.health.ess / one.losses.size for one in found]))
             first = share if first is None else first
             llc, error = mean_and_error(found)

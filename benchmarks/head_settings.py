@@ -12,20 +12,42 @@ not on rows full of n-grams. Where the model is no minimum chains run downhill, 
 """
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from analyses import specialization
 from benchmarks.head_seeds import N_WORKERS, finished
-from benchmarks.tables import asked_target, written
+from benchmarks.tables import Section, asked_target, written
 from mechgrok.components import head_layer, head_names
 from mechgrok.config import LLCConfig
 from mechgrok.llc.curve import estimate_units
 from mechgrok.plan import sampled_examples
+from mechgrok.types import Study
 
 STEPS = (200, 1000, 2000, 3500)
-DISTRIBUTIONS = (specialization.REPEATS, specialization.NGRAMS)
+
+
+def ranks(study: Study, settings: Mapping[str, LLCConfig]) -> Section:
+    """Where the induction head's wdrLLC stands in its layer at the end, on other data."""
+    step, config = STEPS[-1], study.config
+    model = study.trajectory.model_at(step)
+    (induction,) = specialization.prepare(model, study.split)["induction head"]
+    rivals = [head for head in head_names(model) if head_layer(head) == head_layer(induction)]
+    units = [(step, head, setting) for setting in settings.values() for head in rivals]
+    rows = []
+    for name in (specialization.REPEATS, specialization.NGRAMS):
+        data = study.split.distributions[name]
+        found = dict(estimate_units(study.trajectory, data, units, config.seed, N_WORKERS, config.llc.n_threads))
+        for told, setting in settings.items():
+            each = {head: found[step, head, setting] for head in rivals}
+            order = [head for _, head in sorted((-one.llc, head) for head, one in each.items())]
+            best = next(head for head in order if head != induction)
+            llc, other = (f"{each[head].llc:.1f} ± {each[head].std_error:.1f}" for head in (induction, best))
+            rows.append([name, told, induction, llc, str(1 + order.index(induction)), f"{best}: {other}"])
+    columns = ("data", "settings", "head", "wdrLLC", f"rank of {len(rivals)}", "first of the others")
+    return f"The induction head at step {step}, on other data", columns, rows
 
 
 def main() -> None:
@@ -67,33 +89,7 @@ def main() -> None:
         "step", "settings", "wrLLC, times the preset's (median head)", "relative standard error", "saturation",
         "saturated heads", *(f"rank correlation with the preset's, layer {at}" for at in np.unique(layer)),
     )  # fmt: skip
-    (induction,) = specialization.prepare(study.trajectory.model_at(STEPS[-1]), study.split)["induction head"]
-    rivals = [head for head in heads if head_layer(head) == head_layer(induction)]
-    last = [(STEPS[-1], head, setting) for setting in settings.values() for head in rivals]
-    ranked = []
-    for name in DISTRIBUTIONS:
-        data = study.split.distributions[name]
-        work = estimate_units(study.trajectory, data, last, study.config.seed, N_WORKERS, study.config.llc.n_threads)
-        found = dict(work)
-        for told, setting in settings.items():
-            llc = {head: found[STEPS[-1], head, setting].llc for head in rivals}
-            own_llc, error = llc[induction], found[STEPS[-1], induction, setting].std_error
-            order = sorted(rivals, key=lambda head: -llc[head])
-            best = order[0] if order[0] != induction else order[1]
-            ranked.append(
-                [
-                    name, told, induction, f"{own_llc:.1f} ± {error:.1f}", str(1 + order.index(induction)),
-                    f"{best}: {llc[best]:.1f} ± {found[STEPS[-1], best, setting].std_error:.1f}",
-                ]
-            )  # fmt: skip
-    tables = [
-        ("All heads on the training data", columns, rows),
-        (
-            f"The induction head at step {STEPS[-1]}, on other data",
-            ("data", "settings", "head", "wdrLLC", f"rank of {len(rivals)}", "first of the others"),
-            ranked,
-        ),
-    ]
+    tables = [("All heads on the training data", columns, rows), ranks(study, settings)]
     written(tables, __doc__ or "", time.time() - began, target)
 
 

@@ -4,7 +4,7 @@ Axis names are singular: chain, draw, component, checkpoint, pos, head. Losses a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -104,6 +104,13 @@ class Split:
             if values is not None:
                 got, expected = tuple(values.shape), tuple(self.test.tokens.shape)
                 _expect(got == expected, f"{name} must have the shape of the test tokens {expected}, got {got}")
+
+    def first(self, n: int) -> "Split":
+        """The split with the first n rows of each kind of data."""
+        others = {name: examples.first(n) for name, examples in self.distributions.items()}
+        kinds, floors = (None if known is None else known[:n] for known in (self.kinds, self.floors))
+        train, test = self.train.first(n), self.test.first(n)
+        return replace(self, train=train, test=test, distributions=others, kinds=kinds, floors=floors)
 
 
 @dataclass(frozen=True)
