@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from analyses import contract
 from mechgrok import plotting
 from mechgrok.components import head_names
+from mechgrok.config import LLCConfig
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.stages import MIN_POINTS, smooth, stage_points
 from mechgrok.types import Claim, Report, Stage, Study
@@ -138,14 +139,20 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
 def summary(study: Study) -> str:
     """Sizes and sampling settings in two sentences."""
     model = study.trajectory.model_at(study.trajectory.steps[-1])
-    sampling = study.config.llc.sampling
+    llc = study.config.llc
     n_params = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{n_params:,} parameters, {len(study.split.train):,} training and {len(study.split.test):,} test examples, "
         f"{len(study.trajectory.steps)} checkpoints to step {study.trajectory.steps[-1]:,}. "
-        f"LLC: {sampling.sampler.upper()}, nbeta {sampling.nbeta:g}, step size {sampling.step_size:g}, "
+        f"LLC: {_settings(llc.sampling)}{f'; of heads: {_settings(llc.head_sampling)}' if llc.head_sampling else ''}."
+    )
+
+
+def _settings(sampling: LLCConfig) -> str:
+    return (
+        f"{sampling.sampler.upper()}, nbeta {sampling.nbeta:g}, step size {sampling.step_size:g}, "
         f"localization {sampling.localization:g}, {sampling.n_chains} chains of {sampling.n_draws} draws "
-        f"after {sampling.n_burnin} of burn-in."
+        f"after {sampling.n_burnin} of burn-in"
     )
 
 

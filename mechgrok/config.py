@@ -6,7 +6,6 @@ nbeta, step size and localization have no defaults, and a preset states every nu
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +15,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, mo
 
 from mechgrok.errors import ConfigError
 from mechgrok.task_config import TASKS, Fraction, NotNegative, Positive, Settings, Size, TaskConfig
+from mechgrok.toml_values import flat, tuples, without_none
 
 MEMORY_GB = 2.0
 MAX_MODEL_GB = 70.0
@@ -209,6 +209,7 @@ class CurveConfig(Settings):
 
     n_examples: the sampled data are the first so many training examples; None: all.
     checks_every: the model's controls (the other localization, half the step) at every so many checkpoints.
+    head_sampling: settings of everything but the model, where they are others.
     """
 
     components: tuple[str, ...]  # "heads" stands for every head of the model
@@ -217,12 +218,17 @@ class CurveConfig(Settings):
     n_examples: PositiveInt | None = None
     checks_every: PositiveInt = 1
     sampling: LLCConfig
+    head_sampling: LLCConfig | None = None
     refinements: tuple[RefinementConfig, ...] = ()
 
     @property
     def control(self) -> LLCConfig:
         """The sampling settings at the other localization."""
         return self.sampling.model_copy(update={"localization": self.control_localization})
+
+    def sampling_of(self, component: str) -> LLCConfig:
+        """The settings that a component is sampled with."""
+        return self.sampling if component == "model" or self.head_sampling is None else self.head_sampling
 
     @model_validator(mode="after")
     def _model_is_followed(self) -> Self:
@@ -276,10 +282,11 @@ class RunConfig(Settings):
         return self
 
     def with_sampling(self, sampling: LLCConfig) -> "RunConfig":
-        """The same experiment with other sampling settings; the control localization moves along."""
+        """The same experiment with other sampling settings for all; the control localization moves along."""
         own = self.llc.sampling.localization
         ratio = self.llc.control_localization / own if own else 2.0
-        curve = {"sampling": sampling, "control_localization": ratio * sampling.localization}
+        control = ratio * sampling.localization
+        curve = {"sampling": sampling, "head_sampling": None, "control_localization": control}
         return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
 
     def as_reference(self, n_layers: int) -> "RunConfig":
@@ -292,8 +299,11 @@ class RunConfig(Settings):
 
     def with_memory(self, memory_gb: float) -> "RunConfig":
         """The same experiment with another budget for the activations of one estimate."""
-        sampling = LLCConfig(**(self.llc.sampling.model_dump() | {"memory_gb": memory_gb}))
-        return self.model_copy(update={"llc": self.llc.model_copy(update={"sampling": sampling})})
+        each = {"sampling": self.llc.sampling, "head_sampling": self.llc.head_sampling}
+        limited = {
+            name: own and LLCConfig(**(own.model_dump() | {"memory_gb": memory_gb})) for name, own in each.items()
+        }
+        return self.model_copy(update={"llc": self.llc.model_copy(update=limited)})
 
     def digest(self) -> str:
         """SHA-256 of what checkpoints and estimates depend on, in canonical JSON: all settings but READ_LATER.
@@ -305,12 +315,13 @@ class RunConfig(Settings):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_toml(self) -> str:
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
     def changes_from(self, other: "RunConfig") -> list[str]:
         """The settings that differ, each as `key: other -> self`."""
-        ours, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
-        return [f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)]
+        ours, theirs = dict(flat(self.model_dump())), dict(flat(other.model_dump()))
+        each = {key: (theirs.get(key), ours.get(key)) for key in (*ours, *theirs)}
+        return [f"{key}: {before!r} -> {now!r}" for key, (before, now) in each.items() if before != now]
 
 
 def preset_names() -> list[str]:
@@ -344,7 +355,7 @@ def load_config(source: "str | Path | RunConfig") -> RunConfig:
 def parse_config(text: str, source: str) -> RunConfig:
     """A RunConfig from TOML text; `source` names it in errors."""
     try:
-        return RunConfig.model_validate(_tuples(tomllib.loads(text)))
+        return RunConfig.model_validate(tuples(tomllib.loads(text)))
     except ValidationError as error:
         raise ConfigError(f"{source}: {_one_sentence(error)}") from None
     except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
@@ -372,25 +383,3 @@ def _one_sentence(error: ValidationError) -> str:
             given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
             problems.append(f"{key}: {message}{given}" if path else message)
     return "; ".join(problems)
-
-
-def _tuples(value: Any) -> Any:
-    """TOML arrays as tuples, which is what frozen settings hold."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no null: an absent key means the default, which is None wherever None is allowed."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value

@@ -1,6 +1,7 @@
 """What a study has to estimate: which components, on which data, at which checkpoints and settings."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mechgrok.components import expand_names
 from mechgrok.config import REFERENCE, RefinementConfig, RunConfig
@@ -18,12 +19,14 @@ def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
 
 def check_data(config: RunConfig, split: Split) -> None:
     """Raises ConfigError, before any work, for a batch larger than the data and for a distribution not there."""
-    check_batch_size(config.llc.sampling, len(sampled_examples(config, split)))
+    each = [config.llc.sampling_of(name) for name in component_names(config, split)]
+    for sampling in each:
+        check_batch_size(sampling, len(sampled_examples(config, split)))
     taken = {"llc", REFERENCE} & split.distributions.keys()  # llc.nc, and the data that a reference model makes
     if config.llc.refinements and taken:
         raise ConfigError(f"the task's distribution {min(taken)!r} has a name that the run needs itself; rename it")
     for refinement in config.llc.refinements:
-        refined_names(config, split, refinement)
+        names = refined_names(config, split, refinement)
         if refinement.distribution == REFERENCE:
             continue
         if refinement.distribution not in split.distributions:
@@ -31,7 +34,8 @@ def check_data(config: RunConfig, split: Split) -> None:
                 f"the task has no distribution {refinement.distribution!r} to refine the LLC with; "
                 f"it has {', '.join(split.distributions) or 'none'}"
             )
-        check_batch_size(config.llc.sampling, len(split.distributions[refinement.distribution]))
+        for sampling in map(config.llc.sampling_of, names):
+            check_batch_size(sampling, len(split.distributions[refinement.distribution]))
 
 
 def sampled_examples(config: RunConfig, split: Split) -> Examples:
@@ -44,15 +48,14 @@ def plan_units(config: RunConfig, names: Sequence[str], split: Split, steps: Seq
 
     There the dearest come first: the model also at half the step and at the control.
     """
-    sampling, control = config.llc.sampling, config.llc.control
-    checked = steps[:: config.llc.checks_every]
-    settings = ((sampling.halved(), checked), (sampling, steps), (control, checked))
+    llc, checked = config.llc, steps[:: config.llc.checks_every]
+    settings = ((llc.sampling.halved(), checked), (llc.sampling, steps), (llc.control, checked))
     whole = [(step, "model", setting) for setting, at in settings for step in at]
-    plan = {"": whole + [(step, name, sampling) for name in names if name != "model" for step in steps]}
-    for refinement in config.llc.refinements:
+    plan = {"": whole + [(step, name, llc.sampling_of(name)) for name in names if name != "model" for step in steps]}
+    for refinement in llc.refinements:
         refined = refined_names(config, split, refinement)
         plan[refinement.distribution] = [
-            (step, name, sampling) for name in refined for step in steps[:: refinement.every]
+            (step, name, llc.sampling_of(name)) for name in refined for step in steps[:: refinement.every]
         ]
     return plan
 
@@ -73,13 +76,18 @@ def curve_of(
     found: Mapping[str, dict[Unit, LLCEstimate]], config: RunConfig, names: Sequence[str], split: Split
 ) -> LLCCurve:
     """The curve of all components, with the model's controls and the curves on other distributions."""
-    sampling, own = config.llc.sampling, found[""]
-    control = assemble_curve(own, ["model"], config.llc.control)
-    finer = assemble_curve(own, ["model"], sampling.halved())
-    refined = {
-        refinement.distribution: assemble_curve(
-            found[refinement.distribution], refined_names(config, split, refinement), sampling
-        )
-        for refinement in config.llc.refinements
-    }
-    return assemble_curve(own, names, sampling, control, finer, refined)
+    llc, own = config.llc, found[""]
+
+    def curve(on: Mapping[Unit, LLCEstimate], components: Sequence[str], **parts: Any) -> LLCCurve:
+        return assemble_curve(on, {name: llc.sampling_of(name) for name in components}, **parts)
+
+    return curve(
+        own,
+        names,
+        control=assemble_curve(own, {"model": llc.control}),
+        finer=assemble_curve(own, {"model": llc.sampling.halved()}),
+        refined={
+            one.distribution: curve(found[one.distribution], refined_names(config, split, one))
+            for one in llc.refinements
+        },
+    )

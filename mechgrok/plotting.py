@@ -67,7 +67,7 @@ def llc_figure(
     for ax, of in zip(axes, (curve, curve.control), strict=False):
         assert of is not None
         _points(ax, of, "model", INK)
-        gamma = "" if of.config is None else f", localization {of.config.localization:g}"
+        gamma = f", localization {of.settings['model'].localization:g}" if of.settings else ""
         developmental_axis(ax, stages, f"LLC of the model{gamma}")
     if curve.finer is not None:
         mine, other = curve.row("model"), curve.finer.row("model")

@@ -242,10 +242,10 @@ class LLCEstimate:
 class LLCCurve:
     """Estimates over training: llc, std_error, healthy, saturated are [component, checkpoint].
 
-    init_loss: Float[checkpoint], the loss at each checkpoint, if known. control: the model's curve
-    under another localization; it is never drawn on this one's axis. finer: the model's curve at half
-    the step size, which tells the bias of this one. Both may have fewer checkpoints. refined: curves sampled
-    on other distributions, by name, maybe of fewer components and checkpoints.
+    init_loss: Float[checkpoint], the loss at each checkpoint, if known. settings: of each component, if known.
+    control: the model's curve under another localization, never drawn on this one's axis. finer: the model's at half
+    the step size, which tells the bias of this one. Both may have fewer checkpoints. refined: curves sampled on other
+    distributions, by name, maybe of fewer components and checkpoints.
     """
 
     steps: np.ndarray
@@ -255,7 +255,7 @@ class LLCCurve:
     healthy: np.ndarray = field(default_factory=lambda: np.array(True))
     saturated: np.ndarray = field(default_factory=lambda: np.array(False))
     init_loss: np.ndarray | None = None
-    config: LLCConfig | None = None
+    settings: Mapping[str, LLCConfig] = field(default_factory=dict)
     control: "LLCCurve | None" = None
     finer: "LLCCurve | None" = None
     refined: "Mapping[str, LLCCurve]" = field(default_factory=dict)
@@ -301,15 +301,19 @@ class LLCCurve:
         return self.components.index(component)
 
     def to_dataset(self) -> "xr.Dataset":
-        """An xarray Dataset with dimensions (component, checkpoint) and the settings as attributes."""
+        """An xarray Dataset [component, checkpoint]; settings are attributes, or coordinates where they differ."""
         import xarray as xr
 
         dims = ("component", "checkpoint")
-        data = xr.Dataset(
-            {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy", "saturated")},
-            coords={"component": list(self.components), "checkpoint": self.steps},
-            attrs={k: v for k, v in self.config.model_dump().items() if v is not None} if self.config else {},
-        )
+        values = {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy", "saturated")}
+        data = xr.Dataset(values, {"component": list(self.components), "checkpoint": self.steps})
+        each = [self.settings[name].model_dump() for name in self.components if name in self.settings]
+        for key, value in each[0].items() if each else ():
+            if any(one[key] != value for one in each):
+                own = [np.nan if one[key] is None else one[key] for one in each]
+                data = data.assign_coords({key: ("component", own)})
+            elif value is not None:
+                data.attrs[key] = value
         return data if self.init_loss is None else data.assign(init_loss=("checkpoint", self.init_loss))
 
 

@@ -43,6 +43,10 @@ def language_run_config(**changes: dict[str, Any]) -> RunConfig:
                 "nbeta": 30.0, "step_size": 1e-3, "localization": 200.0, "n_chains": 2, "n_draws": 8, "n_burnin": 2,
                 "batch_size": 4, "canonicalize": True,
             },
+            "head_sampling": {
+                "nbeta": 30.0, "step_size": 2e-3, "localization": 100.0, "n_chains": 2, "n_draws": 8, "n_burnin": 4,
+                "batch_size": 4, "canonicalize": True,
+            },
             "refinements": (
                 {"distribution": "ngram-heavy", "components": ("heads",), "every": 2},
                 {"distribution": "repeat-heavy", "components": ("heads",), "every": 2},

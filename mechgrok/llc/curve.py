@@ -59,7 +59,7 @@ def llc_curve(
                 for group in groups(model, names):
                     estimates = estimate_group(model, examples, group, config=config, seed=point_seed(seed, step))
                     found |= {(step, one.component, config): one for one in estimates}
-    return assemble_curve(found, names, config)
+    return assemble_curve(found, dict.fromkeys(names, config))
 
 
 def point_seed(seed: int, step: int) -> int:
@@ -110,29 +110,31 @@ def _jobs(trajectory: Trajectory, units: Sequence[Unit]) -> list[tuple[int, tupl
 
 def assemble_curve(
     found: Mapping[Unit, LLCEstimate],
-    components: Sequence[str],
-    config: LLCConfig,
+    settings: Mapping[str, LLCConfig],
     control: LLCCurve | None = None,
     finer: LLCCurve | None = None,
     refined: Mapping[str, LLCCurve] | None = None,
 ) -> LLCCurve:
-    """A curve from the estimates of all its units. Raises ShapeError if there are none."""
-    steps = sorted({step for step, _, at in found if at == config})
+    """A curve from the estimates of all its units; settings: of each component, in the curve's order.
+
+    Raises ShapeError if there are none.
+    """
+    steps = sorted({step for step, name, config in found if settings.get(name) == config})
     if not steps:
         raise ShapeError("a curve needs at least one checkpoint and one component; there are none")
 
     def grid(read: Callable[[LLCEstimate], float]) -> np.ndarray:
-        return np.array([[read(found[step, name, config]) for step in steps] for name in components])
+        return np.array([[read(found[step, *of]) for step in steps] for of in settings.items()])
 
     return LLCCurve(
         steps=np.array(steps),
-        components=tuple(components),
+        components=tuple(settings),
         llc=grid(lambda e: e.llc),
         std_error=grid(lambda e: e.std_error),
         healthy=grid(lambda e: e.health.healthy),
         saturated=grid(lambda e: e.health.saturated),
         init_loss=grid(lambda e: e.init_loss)[0],
-        config=config,
+        settings=settings,
         control=control,
         finer=finer,
         refined=refined or {},
