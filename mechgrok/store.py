@@ -292,10 +292,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MECHGROK_CACHE") or "~/.cache/mechgrok").expanduser()
 
 
-def compiled_folder(sources: Path) -> Path:
-    """Where what is compiled from a folder's files is kept: another place as soon as any of them changes."""
+def compiled_folder(*sources: Path) -> Path:
+    """Where what is compiled from the files of folders is kept: another place as soon as any of them changes."""
     contents = hashlib.sha256()
-    for path in sorted(sources.glob("*.py")):
+    for path in (path for folder in sources for path in sorted(folder.glob("*.py"))):
         contents.update(path.name.encode() + path.read_bytes())
     return cache_folder() / f"compiled-{contents.hexdigest()[:16]}"
 

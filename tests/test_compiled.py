@@ -9,14 +9,16 @@ from numba import njit
 
 from mechgrok import seeds
 from mechgrok.components import component
-from mechgrok.replicas import compiled, lanes
+from mechgrok.loops import lanes
+from mechgrok.loops.kept import OPTIONS
+from mechgrok.loops.lanes import WIDTH, gated, load, put, store, where_above
+from mechgrok.replicas import compiled
 from mechgrok.replicas.heads import LayerHeads
-from mechgrok.replicas.lanes import WIDTH, gated, load, put, store, where_above
 from mechgrok.replicas.linear import MATRIX, linear, linear_back, linear_gradient
 from mechgrok.replicas.network import Network
 from mechgrok.replicas.norms import NORM, normalize, normalize_back
 from mechgrok.replicas.packing import Linear, Packed, fill
-from mechgrok.replicas.products import OPTIONS, ZERO
+from mechgrok.replicas.products import ZERO
 from mechgrok.replicas.whole import NetworkPotential
 from mechgrok.reproducible import without_denormals
 from mechgrok.sampling.potential import Potential

@@ -9,9 +9,10 @@ from numba import njit
 from torch import Tensor
 
 from mechgrok import seeds
+from mechgrok.loops.lanes import LEAST, WIDTH, exp, larger, load, store
 from mechgrok.replicas import fused
 from mechgrok.replicas.attention import attend
-from mechgrok.replicas.lanes import LEAST, WIDTH, exp, larger, load, store
+from mechgrok.replicas.few_queries import are_few
 
 
 def normal(name: str, *shape: int) -> Tensor:
@@ -79,6 +80,29 @@ def test_attention_and_its_gradients_against_float64(shape: tuple, data: st.Data
     mine = torch.autograd.grad(found, leaves, back)
     for own, theirs in zip(mine, torch.autograd.grad(wanted, exact, back.double()), strict=True):
         torch.testing.assert_close(own.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 3, 4])
+@pytest.mark.parametrize(("n_pos", "d_head"), [(4, 32), (5, 7), (16, 16), (17, 20)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_few_queries_against_float64(n_queries: int, n_pos: int, d_head: int, apart: bool) -> None:
+    """On both sides of where loops of their own take them; one example's NaN stays with it."""
+    n_keys = torch.tensor([1, n_pos - 2, n_pos, n_pos])[-n_queries:]
+    few = bool(are_few(n_queries, n_pos))
+    assert few == (n_queries <= 3 and n_pos <= 16)
+    q, rest = normal("few q", 5, n_queries, 2, d_head), normal("few rest", 5, n_pos, 2, 2, d_head)
+    rest[2, n_pos - 1, 0] = torch.nan
+    leaves = [amid_nan(part).requires_grad_() for part in (q, rest)]
+    exact = [part.detach().double().requires_grad_() for part in leaves]
+    found, wanted = attend(*leaves, n_keys, 0.7, apart=apart), attend(*exact, n_keys, 0.7, apart=apart)
+    assert not found.isfinite().all() and torch.equal(found.isnan(), wanted.isnan())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=4e-6, equal_nan=True)
+    back = normal("back", *found.shape)
+    mine = torch.autograd.grad(found, leaves, back)
+    for own, theirs in zip(mine, torch.autograd.grad(wanted, exact, back.double()), strict=True):
+        there = ~theirs.isnan()
+        assert torch.equal(own[[0, 1, 3, 4]].isfinite(), there[[0, 1, 3, 4]])
+        torch.testing.assert_close(own[there].double(), theirs[there], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [False, True])

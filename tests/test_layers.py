@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
     {"types", "calibration", "errors", "seeds", "task_config", "toml_values", "config", "reproducible"},
-    {"model", "canonical", "components", "store", "schedule", "stages", "sampling", "plotting", "regression"},
+    {"model", "canonical", "components", "store", "schedule", "stages", "plotting", "regression"},
+    {"loops"},
+    {"sampling"},
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
     {"plan"},

@@ -36,8 +36,8 @@ class Blockwise(ABC):
         losses, gradient = [], None
         for block in self._blocks(len(theta), index):
             leaf = theta.detach().requires_grad_()
-            found, total = self._evaluate(leaf, block)
-            (own,) = torch.autograd.grad(total.sum() / index.shape[1], leaf)
+            found, total = self._evaluate(leaf, block, 1 / index.shape[1])
+            (own,) = torch.autograd.grad(total.sum(), leaf)
             gradient = own if gradient is None else gradient.add_(own)
             losses.append(found)
         assert gradient is not None  # there is a block
@@ -64,10 +64,10 @@ class Blockwise(ABC):
         n_blocks = math.ceil(index.shape[1] / at_once)  # of one size: a small rest would cost as many calls
         return index.split(math.ceil(index.shape[1] / n_blocks), dim=1)
 
-    def _evaluate(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(losses Float64[replica, example], their weighted sum Float[replica])."""
+    def _evaluate(self, theta: Tensor, index: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(losses Float64[replica, example], `share` times their sum Float[replica])."""
         weights = self._weights[index]
-        nats, total = self._nats(theta, index, self._targets[index].flatten(1), weights.flatten(1))
+        nats, total = self._nats(theta, index, self._targets[index].flatten(1), (share * weights).flatten(1))
         losses = nats.double().view(-1, *weights.shape) * weights
         return losses.sum(-1).flatten(0, 1), total
 

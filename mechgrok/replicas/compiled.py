@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import Precision
+from mechgrok.loops.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
 from mechgrok.replicas import fused, passes
 from mechgrok.replicas.cross_entropy import nats_of
-from mechgrok.replicas.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
 from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
@@ -190,6 +190,9 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        if bool((dtotal == 1).all()):  # as in sampling, where copies of what is as large as all weights would count
+            # Views of their own: torch takes what it is given as its own, and has ended in a crash with what ctx holds.
+            return None, *(None if one is None else one.view_as(one) for one in ctx.gradients)
         by = dtotal[:, None, None]
         return None, *(None if gradient is None else gradient * by for gradient in ctx.gradients)
 

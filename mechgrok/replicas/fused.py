@@ -1,13 +1,12 @@
 """Loops that numba compiles: attention, and the softmax of a loss, each while its numbers are in the first cache."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from numba import config, njit
+from numba import njit
 
-from mechgrok.replicas.lanes import (
+from mechgrok.loops.kept import OPTIONS, keeper
+from mechgrok.loops.lanes import (
     LEAST,
     WIDTH,
     added,
@@ -28,11 +27,10 @@ from mechgrok.replicas.lanes import (
     turn,
     where_above,
 )
-from mechgrok.replicas.products import ONE, OPTIONS, ZERO, copy, product
-from mechgrok.store import compiled_folder
+from mechgrok.replicas.few_queries import are_few, patterns, patterns_back, values
+from mechgrok.replicas.products import ONE, ZERO, copy, product
 
-numba_settings: Any = config
-KEPT_IN = str(compiled_folder(Path(__file__).parent))
+kept = keeper(Path(__file__).parent)
 IN_CACHE = 2**12  # numbers that stay in the first cache from one step to the next
 LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
 
@@ -40,21 +38,6 @@ LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no differen
 def serves(like: torch.Tensor) -> bool:
     """Whether these loops take such numbers."""
     return like.dtype == torch.float32 and like.device.type == "cpu"
-
-
-def kept(loop: Callable[..., None]) -> Any:
-    """Compile it, and keep the result on disk where that can be written.
-
-    numba by itself would take a loop from the cache if only files have changed that it calls, so each state of this
-    package has a place of its own.
-    """
-    before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, KEPT_IN
-    try:
-        return njit(cache=True, **OPTIONS)(loop)
-    except RuntimeError:  # numba found no place for it
-        return njit(**OPTIONS)(loop)
-    finally:
-        numba_settings.CACHE_DIR = before
 
 
 @njit(**OPTIONS)
@@ -112,6 +95,13 @@ def attention(
             key = example * n_pos * rest_row + rest_row + (head - 2 * n_heads) * d_head
             value = key + n_heads * d_head
             _fetch_next(rest, n_pos * rest_row, head, n_heads, example)
+            if are_few(n_queries, n_pos):
+                query, to = example * q_example + head * d_head, example * z_strides[0] + head * z_strides[1]
+                place = block * WIDTH * n_pos if keep else 0
+                patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, pattern, place)
+                values(pattern, place, rest, value, rest_row, n_keys, d_head, z, to, z_strides[2])
+                block += 1
+                continue
             for first in range(0, n_queries, WIDTH):
                 n = min(WIDTH, n_queries - first)
                 seen = int(n_keys[first + n - 1])
@@ -164,7 +154,17 @@ def attention_backward(
             _fetch_next(dz, n_queries * n_heads * d_head, head, n_heads, example)
             for at in range(n_pos * d_head):
                 dkeys[at], dvalues[at] = ZERO, ZERO
-            for first in range(0, n_queries, WIDTH):
+            if are_few(n_queries, n_pos):
+                query, back = example * q_example + head * d_head, example * z_strides[0] + head * z_strides[1]
+                place = block * WIDTH * n_pos if keep else 0
+                if not keep:
+                    patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, pattern, place)
+                patterns_back(
+                    q, query, q_row, rest, key, value, rest_row, n_keys, scale, d_head, pattern, place, dz, back, step,
+                    dq, dkeys, dvalues,
+                )  # fmt: skip
+                block += 1
+            for first in range(0, 0 if are_few(n_queries, n_pos) else n_queries, WIDTH):
                 n = min(WIDTH, n_queries - first)
                 seen = int(n_keys[first + n - 1])
                 query = example * q_example + first * q_row + head * d_head

@@ -6,7 +6,7 @@ All arrays are flat. A record, `MATRIX`, says where in them a map's numbers are 
 import numpy as np
 from numba.extending import register_jitable
 
-from mechgrok.replicas.lanes import WIDTH, halves, load, pairs, store
+from mechgrok.loops.lanes import WIDTH, halves, load, pairs, store
 from mechgrok.replicas.products import ZERO, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,

@@ -6,8 +6,7 @@ Once the sums over all classes are known, the gradient by a logit is its exponen
 these classes; the rows that the logits came from are multiplied by it, which are shorter. The order of loops is ours.
 """
 
-from mechgrok.replicas.fused import IN_CACHE, LOWEST
-from mechgrok.replicas.lanes import (
+from mechgrok.loops.lanes import (
     LEAST,
     WIDTH,
     added,
@@ -24,6 +23,7 @@ from mechgrok.replicas.lanes import (
     store,
     times,
 )
+from mechgrok.replicas.fused import IN_CACHE, LOWEST
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
 from mechgrok.replicas.products import ONE, ZERO, copy, loop, product

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mechgrok.replicas.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
+from mechgrok.loops.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
 from mechgrok.replicas.products import ONE, ZERO, copy, loop, row_plus
 
 # x -> (x - mean x if centred) / sqrt(mean square + eps) if scaled; neither: x itself.

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechgrok.loops.lanes import WIDTH, load, pairs, store, turn
 from mechgrok.replicas.fused import kept
-from mechgrok.replicas.lanes import WIDTH, load, pairs, store, turn
 from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.products import ZERO, padded
 

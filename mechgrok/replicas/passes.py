@@ -7,8 +7,8 @@ All arrays are flat; `LAYER` and `PASS` are records that say where in them the n
 
 import numpy as np
 
+from mechgrok.loops.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
 from mechgrok.replicas.fused import attention, attention_backward, kept
-from mechgrok.replicas.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
 from mechgrok.replicas.linear import MATRIX, bias_of, linear, linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back

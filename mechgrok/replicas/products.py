@@ -5,10 +5,8 @@ from typing import Any
 
 from numba.extending import overload, register_jitable
 
-from mechgrok.replicas.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
-
-# Without _nrt no references to arrays are counted, which takes a locked addition whenever one loop calls another.
-OPTIONS: dict[str, Any] = {"_nrt": False, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+from mechgrok.loops.kept import OPTIONS
+from mechgrok.loops.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
 
 ZERO, ONE = number(0), number(1)
 

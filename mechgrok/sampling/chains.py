@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
+from mechgrok.loops.normals import Normals
 from mechgrok.sampling.kernels import mala_log_acceptance
 from mechgrok.sampling.potential import Potential
 from mechgrok.sampling.samplers import SAMPLERS, Slope, State
@@ -88,12 +89,8 @@ def sample(
         each = product(members, range(config.n_chains))
         return [seeds.stream(seed, *names, member, what, chain, device=device) for member, chain in each]
 
-    noises, coins = streams("noise"), streams("accept")
+    normal, coins = Normals(streams("noise"), n_params, anchor), streams("accept")
     batches = [seeds.stream(seed, *names, "batch", chain, device=device) for chain in range(config.n_chains)]
-
-    def normal() -> Tensor:
-        drawn = [torch.randn(n_params, generator=rng, dtype=anchor.dtype, device=device) for rng in noises]
-        return torch.stack(drawn)
 
     everything = torch.arange(n_examples, device=device).expand(config.n_chains, -1)
     # Nothing leaves the device before the end: a GPU would wait for it in every step.

@@ -39,7 +39,7 @@ class _LanesModel(models.PrimitiveModel):
 lanes = Lanes()
 
 
-def _operation(result: types.Type) -> Callable[[Callable[..., Any]], Any]:
+def operation(result: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Make what emits LLVM's instructions callable in loops: arrays come as pointers, whole numbers as intp."""
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -62,7 +62,8 @@ def _operation(result: types.Type) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def _all(value: Any, kind: ir.VectorType = FLOATS) -> ir.Constant:
+def constant(value: Any, kind: ir.VectorType = FLOATS) -> ir.Constant:
+    """One number in all lanes."""
     return ir.Constant(kind, [int(value) if kind is INTS else float(value)] * WIDTH)
 
 
@@ -72,49 +73,52 @@ def _int32(value: int) -> ir.Constant:
 
 def _spread(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType = FLOATS) -> ir.Value:
     nothing = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(nothing, value, _int32(0)), nothing, _all(0, INTS))
+    return builder.shuffle_vector(builder.insert_element(nothing, value, _int32(0)), nothing, constant(0, INTS))
 
 
-def _is_first(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
+def is_first(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
     """Which lanes are among the first n."""
     here = ir.Constant(INTS, list(range(WIDTH)))
     return builder.icmp_signed("<", here, _spread(builder, builder.trunc(n, ir.IntType(32)), INTS))
 
 
-def _place(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
+def address(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
+    """Where sixteen numbers of an array begin."""
     return builder.bitcast(builder.gep(array, [at]), FLOATS.as_pointer())
 
 
-def _call(builder: ir.IRBuilder, name: str, result: Any, *args: ir.Value, **flags: Any) -> ir.Value:
+def call(builder: ir.IRBuilder, name: str, result: Any, *args: ir.Value, **flags: Any) -> ir.Value:
+    """One of LLVM's own functions."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), args, **flags)
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a b + c."""
     return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
 
 
-@_operation(lanes)
+@operation(lanes)
 def load(builder, array, at, n, other):
     """The n numbers of a one-dimensional array from `at` on, and `other` in the lanes left, which are not read."""
-    given = (_place(builder, array, at), _int32(4), _is_first(builder, n), _spread(builder, other))
-    return _call(builder, "masked.load.v16f32.p0", FLOATS, *given)
+    given = (address(builder, array, at), _int32(4), is_first(builder, n), _spread(builder, other))
+    return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
 
 
-@_operation(types.void)
+@operation(types.void)
 def store(builder, array, at, n, x):
     """Write the first n lanes of x to a one-dimensional array from `at` on."""
-    given = (x, _place(builder, array, at), _int32(4), _is_first(builder, n))
-    _call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
+    given = (x, address(builder, array, at), _int32(4), is_first(builder, n))
+    call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
 
 
-@_operation(types.void)
+@operation(types.void)
 def prefetch(builder, array, at):
     """Have the number at `at` brought into the first cache, to be read."""
-    _call(builder, "prefetch.p0", ir.VoidType(), _place(builder, array, at), _int32(0), _int32(3), _int32(1))
+    call(builder, "prefetch.p0", ir.VoidType(), address(builder, array, at), _int32(0), _int32(3), _int32(1))
 
 
-@_operation(types.void)
+@operation(types.void)
 def turn(builder, x, at, row, n_rows, n, out, to):
     """out[to + 16 d + lane] = x[at + row lane + d], d < n <= 16: rows become lanes; after n_rows the last one again."""
     last = builder.sub(n_rows, n_rows.type(1))
@@ -122,9 +126,9 @@ def turn(builder, x, at, row, n_rows, n, out, to):
     for lane in range(WIDTH):
         own = n_rows.type(lane)
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
-        place = _place(builder, x, builder.add(at, builder.mul(own, row)))
-        given = (place, _int32(4), _is_first(builder, n), _all(0))
-        rows.append(_call(builder, "masked.load.v16f32.p0", FLOATS, *given))
+        place = address(builder, x, builder.add(at, builder.mul(own, row)))
+        given = (place, _int32(4), is_first(builder, n), constant(0))
+        rows.append(call(builder, "masked.load.v16f32.p0", FLOATS, *given))
     for step in (1, 2, 4, 8):  # of each two rows, swap what lies off the diagonal of each square of twice the step
         low = [lane + WIDTH - step if lane & step else lane for lane in range(WIDTH)]
         high = [lane + WIDTH if lane & step else lane + step for lane in range(WIDTH)]
@@ -137,63 +141,63 @@ def turn(builder, x, at, row, n_rows, n, out, to):
     for d, each in enumerate(rows):
         wanted = builder.icmp_signed("<", n.type(d), n)
         mask = _spread(builder, wanted, ir.VectorType(ir.IntType(1), WIDTH))
-        place = _place(builder, out, builder.add(to, n.type(WIDTH * d)))
-        _call(builder, "masked.store.v16f32.p0", ir.VoidType(), each, place, _int32(4), mask)
+        place = address(builder, out, builder.add(to, n.type(WIDTH * d)))
+        call(builder, "masked.store.v16f32.p0", ir.VoidType(), each, place, _int32(4), mask)
 
 
-@_operation(lanes)
+@operation(lanes)
 def where_above(builder, limit, value, x, other):
     """x in the lanes where limit is above a number, and another number in all others."""
     return builder.select(builder.fcmp_ordered(">", limit, _spread(builder, value)), x, _spread(builder, other))
 
 
-@_operation(lanes)
+@operation(lanes)
 def spread(builder, value):
     """One number in all lanes."""
     return _spread(builder, value)
 
 
-@_operation(lanes)
+@operation(lanes)
 def plus(builder, a, b):
     """a + b."""
     return builder.fadd(a, b, flags=CONTRACT)
 
 
-@_operation(lanes)
+@operation(lanes)
 def minus(builder, a, b):
     """a - b."""
     return builder.fsub(a, b, flags=CONTRACT)
 
 
-@_operation(lanes)
+@operation(lanes)
 def times(builder, a, b):
     """a * b."""
     return builder.fmul(a, b, flags=CONTRACT)
 
 
-@_operation(lanes)
+@operation(lanes)
 def over(builder, a, b):
     """a / b."""
     return builder.fdiv(a, b)
 
 
-@_operation(lanes)
+@operation(lanes)
 def larger(builder, a, b):
     """a where it is larger than b, else b: so NaN in b stays, and NaN in a does not."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@_operation(lanes)
+@operation(lanes)
 def gated(builder, x, y):
     """y where x is positive, else 0."""
-    return builder.select(builder.fcmp_ordered(">", x, _all(0)), y, _all(0))
+    return builder.select(builder.fcmp_ordered(">", x, constant(0)), y, constant(0))
 
 
-@_operation(types.float32)
+@operation(types.float32)
 def added(builder, x):
     """The sum of the lanes."""
     start = ir.Constant(ir.FloatType(), 0.0)
-    return _call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
+    return call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
 
 
 class _BFloat(ir.Type):
@@ -216,26 +220,26 @@ _HALF = 16  # bits
 def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """The bits of x with the last sixteen rounded to zero, to even: those of a bfloat16 and nothing after it."""
     bits = builder.bitcast(x, INTS)
-    odd = builder.and_(builder.lshr(bits, _all(_HALF, INTS)), _all(1, INTS))
-    return builder.and_(builder.add(bits, builder.add(odd, _all(0x7FFF, INTS))), _all(-0x10000, INTS))
+    odd = builder.and_(builder.lshr(bits, constant(_HALF, INTS)), constant(1, INTS))
+    return builder.and_(builder.add(bits, builder.add(odd, constant(0x7FFF, INTS))), constant(-0x10000, INTS))
 
 
 def _pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    low = builder.lshr(_rounded(builder, x), _all(_HALF, INTS))
+    low = builder.lshr(_rounded(builder, x), constant(_HALF, INTS))
     return builder.bitcast(builder.or_(low, _rounded(builder, y)), FLOATS)
 
 
-@_operation(lanes)
+@operation(lanes)
 def pairs(builder, x, y):
     """Each lane of x and the same of y, rounded to bfloat16, as one lane."""
     return _pairs(builder, x, y)
 
 
-@_operation(lanes)
+@operation(lanes)
 def halves(builder, x, y):
     """The lanes of x and then those of y, each two neighbours rounded to bfloat16 as one lane."""
     if HAS_BFLOAT16:
-        return builder.bitcast(_call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, y, x), FLOATS)
+        return builder.bitcast(call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, y, x), FLOATS)
     even, odd = (builder.shuffle_vector(x, y, ir.Constant(INTS, list(range(first, 2 * WIDTH, 2)))) for first in (0, 1))
     return _pairs(builder, even, odd)
 
@@ -244,18 +248,18 @@ def into_dots(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) 
     """total + a b, where each lane of a and b is two bfloat16s and a b the sum of both products, in float32."""
     if HAS_BFLOAT16:
         factors = (builder.bitcast(factor, BFLOATS) for factor in (a, b))
-        return _call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, *factors)
+        return call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, *factors)
 
     def low(x: ir.Value) -> ir.Value:
-        return builder.bitcast(builder.shl(builder.bitcast(x, INTS), _all(_HALF, INTS)), FLOATS)
+        return builder.bitcast(builder.shl(builder.bitcast(x, INTS), constant(_HALF, INTS)), FLOATS)
 
     def high(x: ir.Value) -> ir.Value:
-        return builder.bitcast(builder.and_(builder.bitcast(x, INTS), _all(-0x10000, INTS)), FLOATS)
+        return builder.bitcast(builder.and_(builder.bitcast(x, INTS), constant(-0x10000, INTS)), FLOATS)
 
-    return _fma(builder, high(a), high(b), _fma(builder, low(a), low(b), total))
+    return fma(builder, high(a), high(b), fma(builder, low(a), low(b), total))
 
 
-@_operation(lanes)
+@operation(lanes)
 def put(builder, x, at, value):
     """x with a number in lane `at`, if there is such a lane."""
     here = ir.Constant(INTS, list(range(WIDTH)))
@@ -263,13 +267,13 @@ def put(builder, x, at, value):
     return builder.select(builder.icmp_signed("==", here, lane), _spread(builder, value), x)
 
 
-@_operation(types.float32)
+@operation(types.float32)
 def lane0(builder, x):
     """The number in the first lane."""
     return builder.extract_element(x, _int32(0))
 
 
-@_operation(types.float32)
+@operation(types.float32)
 def largest(builder, x):
     """The largest of the lanes; where some are NaN, a number or NaN."""
     nothing = ir.Constant(FLOATS, ir.Undefined)
@@ -279,28 +283,28 @@ def largest(builder, x):
     return builder.extract_element(x, _int32(0))
 
 
-@_operation(lanes)
+@operation(lanes)
 def exp(builder, x):
     """exp x for x <= 0, to 1.2e-7 of it; x below LEAST counts as LEAST. NaN stays NaN.
 
     2^n exp(r) with n = round(x / ln 2), and a polynomial for r; its coefficients are those of Cephes' expf.
     """
-    x = builder.select(builder.fcmp_ordered("<", x, _all(LEAST)), _all(LEAST), x)
-    n = _call(builder, "rint.v16f32", FLOATS, builder.fmul(x, _all(1.4426950408889634)))
-    r = _fma(builder, n, _all(-0.693359375), x)  # ln 2 in two parts, the first exact
-    r = _fma(builder, n, _all(number(2.12194440e-4)), r)
-    series = _all(number(1.9875691500e-4))
+    x = builder.select(builder.fcmp_ordered("<", x, constant(LEAST)), constant(LEAST), x)
+    n = call(builder, "rint.v16f32", FLOATS, builder.fmul(x, constant(1.4426950408889634)))
+    r = fma(builder, n, constant(-0.693359375), x)  # ln 2 in two parts, the first exact
+    r = fma(builder, n, constant(number(2.12194440e-4)), r)
+    series = constant(number(1.9875691500e-4))
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        series = _fma(builder, series, r, _all(number(c)))
-    series = _fma(builder, series, builder.fmul(r, r), builder.fadd(r, _all(1)))
+        series = fma(builder, series, r, constant(number(c)))
+    series = fma(builder, series, builder.fmul(r, r), builder.fadd(r, constant(1)))
     # Added to this, n + 127 stands in the last bits; moved up by 23 it is the exponent of 2^n.
-    bits = builder.bitcast(builder.fadd(n, _all(2**23 + 2**22 + 127)), INTS)
-    return builder.fmul(series, builder.bitcast(builder.shl(bits, _all(23, INTS)), FLOATS))
+    bits = builder.bitcast(builder.fadd(n, constant(2**23 + 2**22 + 127)), INTS)
+    return builder.fmul(series, builder.bitcast(builder.shl(bits, constant(23, INTS)), FLOATS))
 
 
 def into_times(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """total + a b."""
-    return _fma(builder, a, b, total)
+    return fma(builder, a, b, total)
 
 
 def tile(into: Callable[..., ir.Value], n_rows: int, n_groups: int) -> Any:
@@ -311,19 +315,19 @@ def tile(into: Callable[..., ir.Value], n_rows: int, n_groups: int) -> Any:
     sixteen lanes of x[t] at of + x_term t, the next sixteen x_group after them.
     """
 
-    @_operation(types.void)
+    @operation(types.void)
     def piece(builder, out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n):
         def along(start: ir.Value, step: ir.Value, times: int | ir.Value) -> ir.Value:
             return builder.add(start, builder.mul(step, step.type(times) if isinstance(times, int) else times))
 
         def masked(array: ir.Value, place: ir.Value, group: int) -> ir.Value:
-            given = (_place(builder, array, place), _int32(4), there[group], _all(0))
-            return _call(builder, "masked.load.v16f32.p0", FLOATS, *given)
+            given = (address(builder, array, place), _int32(4), there[group], constant(0))
+            return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
 
-        there = [_is_first(builder, n if group == n_groups - 1 else n.type(WIDTH)) for group in range(n_groups)]
+        there = [is_first(builder, n if group == n_groups - 1 else n.type(WIDTH)) for group in range(n_groups)]
         cells = [(row, group) for row in range(n_rows) for group in range(n_groups)]
         places = {(row, group): builder.add(along(to, out_row, row), to.type(group * WIDTH)) for row, group in cells}
-        sums = {cell: cgutils.alloca_once_value(builder, _all(0)) for cell in cells}
+        sums = {cell: cgutils.alloca_once_value(builder, constant(0)) for cell in cells}
         with builder.if_then(add):
             for cell in cells:
                 builder.store(masked(out, places[cell], cell[1]), sums[cell])
@@ -336,7 +340,7 @@ def tile(into: Callable[..., ir.Value], n_rows: int, n_groups: int) -> Any:
                     held = sums[row, group]
                     builder.store(into(builder, builder.load(held), each, y), held)
         for cell in cells:
-            given = (builder.load(sums[cell]), _place(builder, out, places[cell]), _int32(4), there[cell[1]])
-            _call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
+            given = (builder.load(sums[cell]), address(builder, out, places[cell]), _int32(4), there[cell[1]])
+            call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
 
     return piece

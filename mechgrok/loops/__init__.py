@@ -1,0 +1,1 @@
+"""Loops that numba compiles, and the processor's vectors in them."""

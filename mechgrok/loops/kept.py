@@ -1,0 +1,34 @@
+"""How loops are compiled, and where the result is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import config, njit
+
+from mechgrok.store import compiled_folder
+
+# Without _nrt no references to arrays are counted, which takes a locked addition whenever one loop calls another.
+OPTIONS: dict[str, Any] = {"_nrt": False, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+numba_settings: Any = config
+
+
+def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
+    """What compiles a loop, and keeps the result on disk where that can be written; folders: of all that it calls.
+
+    numba by itself would take a loop from the cache if only files have changed that it calls, so each state of these
+    folders and of this one has a place of its own.
+    """
+    place = str(compiled_folder(Path(__file__).parent, *folders))
+
+    def kept(loop: Callable[..., Any]) -> Any:
+        before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, place
+        try:
+            return njit(cache=True, **OPTIONS)(loop)
+        except RuntimeError:  # numba found no place for it
+            return njit(**OPTIONS)(loop)
+        finally:
+            numba_settings.CACHE_DIR = before
+
+    return kept
