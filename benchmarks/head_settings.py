@@ -2,13 +2,13 @@
 
     python -m benchmarks.head_settings [--write docs/heads-settings.md]
 
-All heads' wrLLCs of the preset's seed 0, which lies in runs/ or is run first, at some checkpoints, at the preset's
-settings and at others: three times nbeta, twice the localization, half the step size; and a tenth of the localization,
-in chains twice as long, as the flattest directions then take longer. An LLC that measures the loss, and not the
-localization, keeps its value; where the loss hardly shapes the draws (saturation near 1, flagged from .5 on) it grows
-with nbeta. What clusters, ranks and circuits read is the order of heads within a layer: the second table has it for the
-strongest induction head of the final model, whose wdrLLC should be the first of its layer on rows full of repeats, and
-not on rows full of n-grams. Where the model is no minimum chains run downhill, and an LLC is negative.
+All heads' wrLLCs of the preset's seed 0, which lies in runs/ or is run first, at some checkpoints, at the settings
+that the preset has for heads and at others: three times nbeta, twice the localization, half the step size; and at
+the model's, ten times the localization. An LLC that measures the loss, and not the localization, keeps its value;
+where the loss hardly shapes the draws (saturation near 1, flagged from .5 on) it grows with nbeta. What clusters,
+ranks and circuits read is the order of heads within a layer: the second table has it for the strongest induction
+head of the final model, whose wdrLLC should be the first of its layer on rows full of repeats, and not on rows full
+of n-grams. Where the model is no minimum chains run downhill, and an LLC is negative.
 """
 
 import time
@@ -53,15 +53,13 @@ def ranks(study: Study, settings: Mapping[str, LLCConfig]) -> Section:
 def main() -> None:
     began, target = time.time(), asked_target()
     study, _ = finished("heads-planted", 0, ("mechanisms",))
-    own = study.config.llc.sampling
-    wide = {"localization": own.localization / 10, "n_burnin": 60, "n_draws": 100}
+    own = study.config.llc.sampling_of("heads")
     settings: dict[str, LLCConfig] = {
         "the preset's": own,
         "three times nbeta": own.model_copy(update={"nbeta": 3 * own.nbeta}),
         "twice the localization": own.model_copy(update={"localization": 2 * own.localization}),
         "half the step": own.halved(),
-        "a tenth of the localization": own.model_copy(update=wide),
-        "that and three times nbeta": own.model_copy(update=wide | {"nbeta": 3 * own.nbeta}),
+        "the model's": study.config.llc.sampling,
     }
     heads = head_names(study.trajectory.model_at(STEPS[-1]))
     layer = np.array([head_layer(head) for head in heads])
