@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from scipy.stats import chisquare
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-import mechgrok as mg
-from analyses.render import summary
 from mechgrok import model as model_module
 from mechgrok import pipeline, seeds, train
 from mechgrok.config import ModelConfig, RunConfig, parse_config
 from mechgrok.errors import ConfigError, MechgrokError, RunDirectoryError
-from mechgrok.llc.curve import point_seed
 from mechgrok.model import build_model, evaluate, scored_logits, with_drawn_targets
-from mechgrok.plan import check_data, plan_units, sampled_examples
+from mechgrok.plan import plan_units
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.types import Examples, LLCCurve, Study
@@ -140,45 +136,6 @@ def test_doubtful_estimates_name_their_distribution(language_run: tuple[Path, St
     doubtful = pipeline.doubtful_estimates(language_run[0])
     assert {data for data, *_ in doubtful} == {"", "ngram-heavy", "repeat-heavy", "reference"}
     assert all(estimate.component == name for (_, _, name, _), estimate in doubtful.items())
-
-
-def test_heads_have_settings_of_their_own(language_run: tuple[Path, Study]) -> None:
-    """Those alone reach their estimates, also on other data; the files and the report tell both."""
-    path, study = language_run
-    sampling, own = CONFIG.llc.sampling, CONFIG.llc.head_sampling
-    curve = study.curve
-    assert curve.settings == {"model": sampling} | dict.fromkeys(HEADS, own)
-    assert curve.refined["reference"].settings == dict.fromkeys(HEADS, own)
-    head = curve.row("L1H2")
-    model, seed = study.trajectory.model_at(STEPS[2]), point_seed(study.config.seed, STEPS[2])
-    examples = sampled_examples(study.config, study.split)
-    alone = mg.estimate_llc(model, examples, component="L1H2", config=own, seed=seed)
-    other = mg.estimate_llc(model, examples, component="L1H2", config=sampling, seed=seed)
-    assert curve.llc[head, 2] == pytest.approx(alone.llc, rel=1e-4) and abs(other.llc / alone.llc - 1) > 0.01
-    with xr.open_dataset(path / "llc.nc") as data:
-        assert data.localization.sel(component=["model", "L1H2"]).values.tolist() == [200.0, 100.0]
-        assert data.attrs["nbeta"] == 30.0 and "nbeta" not in data.coords
-    with xr.open_dataset(path / "repeat-heavy.nc") as data:
-        assert data.attrs["localization"] == 100.0
-    assert "localization 200, 2 chains" in summary(study) and "of heads: SGLD" in summary(study)
-
-
-def test_settings_of_heads_that_do_not_fit_are_refused_by_name(language_run: tuple[Path, Study]) -> None:
-    own = CONFIG.llc.head_sampling
-    assert own is not None
-    large = CONFIG.model_copy(
-        update={"llc": CONFIG.llc.model_copy(update={"head_sampling": own.model_copy(update={"batch_size": 33})})}
-    )
-    with pytest.raises(ConfigError, match="batch_size"):
-        check_data(large, language_run[1].split)
-    text = CONFIG.to_toml().replace("[llc.head_sampling]", "[llc.head_sampling]\nnbetta = 3")
-    with pytest.raises(ConfigError, match="unknown key 'llc.head_sampling.nbetta'"):
-        parse_config(text, "my.toml")
-    without = CONFIG.model_copy(update={"llc": CONFIG.llc.model_copy(update={"head_sampling": None})})
-    assert "llc.head_sampling.localization: None -> 100.0" in CONFIG.changes_from(without)
-    assert "llc.head_sampling.localization: 100.0 -> None" in without.changes_from(CONFIG)
-    assert CONFIG.with_memory(0.5).llc.sampling_of("L0H0").memory_gb == 0.5
-    assert CONFIG.with_sampling(own).llc.sampling_of("L0H0") == own == CONFIG.with_sampling(own).llc.sampling
 
 
 # ---- what is refused
