@@ -13,17 +13,15 @@ from mechgrok.loops.lanes import (
     largest,
     load,
     minus,
-    number,
     plus,
     put,
     spread,
     store,
     times,
 )
-from mechgrok.replicas.products import ONE, ZERO
+from mechgrok.replicas.products import LOWEST, ONE, ZERO
 
 FEW = 3  # queries of an example, up to which this pays
-NOTHING = number(-1e30)  # less than any score: finite, so that no difference of two is NaN
 
 
 @njit(**OPTIONS)
@@ -56,7 +54,7 @@ def patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, patter
     """softmax(scale q k^T) of each query, from `place` on: Float[query, 16], 0 where it sees no key."""
     for i in range(len(n_keys)):
         seen, at = int(n_keys[i]), place + i * WIDTH
-        scores = spread(NOTHING)
+        scores = spread(LOWEST)
         for j in range(seen):
             scores = put(scores, j, scale * _dot(q, query + i * q_row, rest, key + j * rest_row, d_head))
         store(pattern, at, WIDTH, spread(ZERO))

@@ -28,11 +28,10 @@ from mechgrok.loops.lanes import (
     where_above,
 )
 from mechgrok.replicas.few_queries import are_few, patterns, patterns_back, values
-from mechgrok.replicas.products import ONE, ZERO, copy, product
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, copy, product
 
 kept = keeper(Path(__file__).parent)
 IN_CACHE = 2**12  # numbers that stay in the first cache from one step to the next
-LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
 
 
 def serves(like: torch.Tensor) -> bool:

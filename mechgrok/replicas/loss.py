@@ -23,10 +23,10 @@ from mechgrok.loops.lanes import (
     store,
     times,
 )
-from mechgrok.replicas.fused import IN_CACHE, LOWEST
+from mechgrok.replicas.fused import IN_CACHE
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import ONE, ZERO, copy, loop, product
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, copy, loop, product
 
 FARTHEST = number(-60)  # a largest logit farther below that of all classes counts as so far: e^60 is still a float32
 

@@ -9,6 +9,7 @@ from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
 
 ZERO, ONE = number(0), number(1)
+LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
 
 
 def loop(function: Callable[..., Any]) -> Any:
