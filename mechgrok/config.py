@@ -226,6 +226,11 @@ class CurveConfig(Settings):
         """The sampling settings at the other localization."""
         return self.sampling.model_copy(update={"localization": self.control_localization})
 
+    @property
+    def each_sampling(self) -> dict[str, LLCConfig]:
+        """The sampling settings there are, by key."""
+        return {"sampling": self.sampling} | ({"head_sampling": self.head_sampling} if self.head_sampling else {})
+
     def sampling_of(self, component: str) -> LLCConfig:
         """The settings that a component is sampled with."""
         return self.sampling if component == "model" or self.head_sampling is None else self.head_sampling
@@ -299,9 +304,9 @@ class RunConfig(Settings):
 
     def with_memory(self, memory_gb: float) -> "RunConfig":
         """The same experiment with another budget for the activations of one estimate."""
-        each = {"sampling": self.llc.sampling, "head_sampling": self.llc.head_sampling}
         limited = {
-            name: own and LLCConfig(**(own.model_dump() | {"memory_gb": memory_gb})) for name, own in each.items()
+            key: LLCConfig(**(own.model_dump() | {"memory_gb": memory_gb}))
+            for key, own in self.llc.each_sampling.items()
         }
         return self.model_copy(update={"llc": self.llc.model_copy(update=limited)})
 

@@ -59,8 +59,8 @@ def run(
     path = Path(out or Path("runs") / config.name)
     if not RunDirectory.holds(path, "llc.nc"):  # a run that has ended is only read
         check_device("train.device", getattr(config.train, "device", "cpu"))
-        for name in ("model", "heads"):
-            check_device("llc.sampling.device", config.llc.sampling_of(name).device if scheduler is None else "cpu")
+        for key, sampling in config.llc.each_sampling.items():
+            check_device(f"llc.{key}.device", sampling.device if scheduler is None else "cpu")
     split, names = _checked(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import xarray as xr
 
 import mechgrok as mg
@@ -57,3 +58,13 @@ def test_settings_of_heads_that_do_not_fit_are_refused_by_name(language_run: tup
     assert "llc.head_sampling.localization: 100.0 -> None" in without.changes_from(CONFIG)
     assert CONFIG.with_memory(0.5).llc.sampling_of("L0H0").memory_gb == 0.5
     assert CONFIG.with_sampling(own).llc.sampling_of("L0H0") == own == CONFIG.with_sampling(own).llc.sampling
+
+
+def test_a_device_of_heads_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    own = CONFIG.llc.head_sampling
+    assert own is not None
+    llc = CONFIG.llc.model_copy(update={"head_sampling": own.model_copy(update={"device": "cuda"})})
+    with pytest.raises(ConfigError, match="llc.head_sampling.device is cuda"):
+        mg.run(CONFIG.model_copy(update={"llc": llc}), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -88,13 +88,13 @@ def attention(
         z: query i of head h of example e begins at e z_strides[0] + h z_strides[1] + i z_strides[2].
     """
     n_queries = len(n_keys)
-    block = 0
+    few, block = are_few(n_queries, n_pos), 0
     for example in range(len(rest) // (n_pos * rest_row)):
         for head in range(n_heads):
             key = example * n_pos * rest_row + rest_row + (head - 2 * n_heads) * d_head
             value = key + n_heads * d_head
             _fetch_next(rest, n_pos * rest_row, head, n_heads, example)
-            if are_few(n_queries, n_pos):
+            if few:
                 query, to = example * q_example + head * d_head, example * z_strides[0] + head * z_strides[1]
                 place = block * WIDTH * n_pos if keep else 0
                 patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, pattern, place)
@@ -144,7 +144,7 @@ def attention_backward(
     dvalues: room for n_pos d_head.
     """
     n_queries = len(n_keys)
-    step, block = z_strides[2], 0
+    step, few, block = z_strides[2], are_few(n_queries, n_pos), 0
     for example in range(len(rest) // (n_pos * rest_row)):
         for head in range(n_heads):
             key = example * n_pos * rest_row + rest_row + (head - 2 * n_heads) * d_head
@@ -153,7 +153,7 @@ def attention_backward(
             _fetch_next(dz, n_queries * n_heads * d_head, head, n_heads, example)
             for at in range(n_pos * d_head):
                 dkeys[at], dvalues[at] = ZERO, ZERO
-            if are_few(n_queries, n_pos):
+            if few:
                 query, back = example * q_example + head * d_head, example * z_strides[0] + head * z_strides[1]
                 place = block * WIDTH * n_pos if keep else 0
                 if not keep:
@@ -163,7 +163,7 @@ def attention_backward(
                     dq, dkeys, dvalues,
                 )  # fmt: skip
                 block += 1
-            for first in range(0, 0 if are_few(n_queries, n_pos) else n_queries, WIDTH):
+            for first in range(0, 0 if few else n_queries, WIDTH):
                 n = min(WIDTH, n_queries - first)
                 seen = int(n_keys[first + n - 1])
                 query = example * q_example + first * q_row + head * d_head
