@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, patching
 
 from analyses import ablation as analysis
 from mechgrok import seeds
 from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
-from mechgrok.model import build_model, model_losses
+from mechgrok.model import build_model, example_losses, model_losses
 from mechgrok.tasks import make_split
 from mechgrok.types import LLCCurve, Stage
 from tests.oracles import planted_fourier_model, tiny_config
@@ -61,6 +61,25 @@ def test_resampling_changes_a_heads_output_to_that_of_other_examples() -> None:
     same_answer = everything.targets[others, -1] == everything.targets[:, -1]
     assert effect[same_answer].median() < 0.1
     assert effect[~same_answer].median() > 1.0
+
+
+@torch.no_grad()
+def test_resampling_is_transformer_lenss_patching_from_the_other_examples() -> None:
+    config = tiny_config()
+    model = build_model(config.model.model_copy(update={"n_layers": 2, "init_std": 0.5}), SPLIT, 0)
+    tokens, targets, weights = SPLIT.train.tensors
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return example_losses(logits[:, -targets.shape[1] :], targets, weights).mean()
+
+    before = loss(model(tokens))
+    effect = head_ablations(model, SPLIT.train, "resample", seeds.stream(0)).mean(1).view(2, -1)
+    assert effect.abs().min() > 1e-3
+    rng = seeds.stream(0)
+    for layer, head in np.ndindex(*effect.shape):
+        _, of_others = model.run_with_cache(tokens[torch.randperm(len(tokens), generator=rng)])
+        patched = patching.get_act_patch_attn_head_out_all_pos(model, tokens, of_others, loss)
+        assert float(effect[layer, head]) == pytest.approx(float(patched[layer, head] - before), abs=1e-5)
 
 
 def test_no_hook_is_left_behind() -> None:

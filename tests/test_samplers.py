@@ -5,11 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_lyapunov
 
 from mechgrok import LLCConfig, estimate_llc, seeds
+from mechgrok.config import SamplerName
 from mechgrok.errors import ConfigError
 from mechgrok.sampling import kernels
+from mechgrok.sampling.samplers import SAMPLERS, Slope, State
 from tests.oracles import (
     Quadratic,
     QuarticWell,
@@ -225,3 +229,29 @@ def test_mala_refuses_batches_and_says_when_it_stands_still() -> None:
 def test_sgnht_refuses_no_momentum() -> None:
     with pytest.raises(ConfigError, match="momentum above 0"):
         config(sampler="sgnht", momentum=0.0)
+
+
+STEPPERS = {
+    "sgld": LLCConfig(sampler="sgld", nbeta=40, localization=7, step_size=3e-3),
+    "baoab": LLCConfig(sampler="baoab", momentum=0.6, nbeta=40, localization=7, step_size=3e-3),
+}
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+@settings(deadline=None)  # the first step compiles
+@given(shape=st.tuples(st.integers(1, 5), st.integers(1, 70)), seed=st.integers(0, 2**20))
+def test_a_step_in_one_pass_is_that_of_the_kernels(name: SamplerName, shape: tuple[int, int], seed: int) -> None:
+    """The same step by torch in float64 is the truth; one replica that has left the numbers takes no other along."""
+    config, rng = STEPPERS[name], seeds.stream(seed, "steps")
+    theta, velocity, grad, anchor, noise = torch.randn(5, *shape, generator=rng).unbind()
+    lost = seed % shape[0]
+    grad[lost] = torch.nan
+    carried = (velocity,) if name == "baoab" else ()
+    exact = SAMPLERS[name].step(
+        State(theta.double(), tuple(part.double() for part in carried)),
+        Slope(grad.double(), anchor.double()), noise.double(), config,
+    )  # fmt: skip
+    found = SAMPLERS[name].step(State(theta, carried), Slope(grad, anchor), noise, config)
+    for ours, wanted in zip((found.theta, *found.carried), (exact.theta, *exact.carried), strict=True):
+        assert ours.dtype == torch.float32 and bool(ours[lost].isnan().all())
+        torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=2e-6, equal_nan=True)

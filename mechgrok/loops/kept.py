@@ -1,9 +1,10 @@
-"""How loops are compiled, and where the result is kept."""
+"""How loops are compiled, where the result is kept, and which numbers they take."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from numba import config, njit
 
 from mechgrok.store import compiled_folder
@@ -12,6 +13,11 @@ from mechgrok.store import compiled_folder
 OPTIONS: dict[str, Any] = {"_nrt": False, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 numba_settings: Any = config
+
+
+def serves(like: torch.Tensor) -> bool:
+    """Whether loops take such numbers."""
+    return like.dtype == torch.float32 and like.device.type == "cpu"
 
 
 def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:

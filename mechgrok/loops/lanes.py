@@ -67,19 +67,21 @@ def constant(value: Any, kind: ir.VectorType = FLOATS) -> ir.Constant:
     return ir.Constant(kind, [int(value) if kind is INTS else float(value)] * WIDTH)
 
 
-def _int32(value: int) -> ir.Constant:
+def int32(value: int) -> ir.Constant:
+    """A whole number, as LLVM's own functions take it."""
     return ir.Constant(ir.IntType(32), value)
 
 
-def _spread(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType = FLOATS) -> ir.Value:
+def spread_out(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType = FLOATS) -> ir.Value:
+    """One value in all lanes."""
     nothing = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(nothing, value, _int32(0)), nothing, constant(0, INTS))
+    return builder.shuffle_vector(builder.insert_element(nothing, value, int32(0)), nothing, constant(0, INTS))
 
 
 def is_first(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
     """Which lanes are among the first n."""
     here = ir.Constant(INTS, list(range(WIDTH)))
-    return builder.icmp_signed("<", here, _spread(builder, builder.trunc(n, ir.IntType(32)), INTS))
+    return builder.icmp_signed("<", here, spread_out(builder, builder.trunc(n, ir.IntType(32)), INTS))
 
 
 def address(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
@@ -101,21 +103,32 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 @operation(lanes)
 def load(builder, array, at, n, other):
     """The n numbers of a one-dimensional array from `at` on, and `other` in the lanes left, which are not read."""
-    given = (address(builder, array, at), _int32(4), is_first(builder, n), _spread(builder, other))
+    given = (address(builder, array, at), int32(4), is_first(builder, n), spread_out(builder, other))
     return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
+
+
+def put_lanes(builder: ir.IRBuilder, x: ir.Value, place: ir.Value, n: ir.Value) -> None:
+    """Write the first n lanes of x. All of them without a mask: what a masked store wrote can be read again only when
+    it has reached the cache, which takes a processor tens of cycles.
+    """
+    with builder.if_else(builder.icmp_signed(">=", n, n.type(WIDTH))) as (whole, some):
+        with whole:
+            builder.store(x, place, align=4)
+        with some:
+            given = (x, place, int32(4), is_first(builder, n))
+            call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
 
 
 @operation(types.void)
 def store(builder, array, at, n, x):
     """Write the first n lanes of x to a one-dimensional array from `at` on."""
-    given = (x, address(builder, array, at), _int32(4), is_first(builder, n))
-    call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
+    put_lanes(builder, x, address(builder, array, at), n)
 
 
 @operation(types.void)
 def prefetch(builder, array, at):
     """Have the number at `at` brought into the first cache, to be read."""
-    call(builder, "prefetch.p0", ir.VoidType(), address(builder, array, at), _int32(0), _int32(3), _int32(1))
+    call(builder, "prefetch.p0", ir.VoidType(), address(builder, array, at), int32(0), int32(3), int32(1))
 
 
 @operation(types.void)
@@ -127,7 +140,7 @@ def turn(builder, x, at, row, n_rows, n, out, to):
         own = n_rows.type(lane)
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
         place = address(builder, x, builder.add(at, builder.mul(own, row)))
-        given = (place, _int32(4), is_first(builder, n), constant(0))
+        given = (place, int32(4), is_first(builder, n), constant(0))
         rows.append(call(builder, "masked.load.v16f32.p0", FLOATS, *given))
     for step in (1, 2, 4, 8):  # of each two rows, swap what lies off the diagonal of each square of twice the step
         low = [lane + WIDTH - step if lane & step else lane for lane in range(WIDTH)]
@@ -139,22 +152,26 @@ def turn(builder, x, at, row, n_rows, n, out, to):
                     builder.shuffle_vector(*pair, ir.Constant(INTS, picked)) for picked in (low, high)
                 )
     for d, each in enumerate(rows):
-        wanted = builder.icmp_signed("<", n.type(d), n)
-        mask = _spread(builder, wanted, ir.VectorType(ir.IntType(1), WIDTH))
-        place = address(builder, out, builder.add(to, n.type(WIDTH * d)))
-        call(builder, "masked.store.v16f32.p0", ir.VoidType(), each, place, _int32(4), mask)
+        with builder.if_then(builder.icmp_signed("<", n.type(d), n)):
+            builder.store(each, address(builder, out, builder.add(to, n.type(WIDTH * d))), align=4)
 
 
 @operation(lanes)
 def where_above(builder, limit, value, x, other):
     """x in the lanes where limit is above a number, and another number in all others."""
-    return builder.select(builder.fcmp_ordered(">", limit, _spread(builder, value)), x, _spread(builder, other))
+    return builder.select(builder.fcmp_ordered(">", limit, spread_out(builder, value)), x, spread_out(builder, other))
+
+
+@operation(lanes)
+def first(builder, x, n):
+    """The first n lanes of x, and 0 in all others."""
+    return builder.select(is_first(builder, n), x, constant(0))
 
 
 @operation(lanes)
 def spread(builder, value):
     """One number in all lanes."""
-    return _spread(builder, value)
+    return spread_out(builder, value)
 
 
 @operation(lanes)
@@ -263,14 +280,14 @@ def into_dots(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) 
 def put(builder, x, at, value):
     """x with a number in lane `at`, if there is such a lane."""
     here = ir.Constant(INTS, list(range(WIDTH)))
-    lane = _spread(builder, builder.trunc(at, ir.IntType(32)), INTS)
-    return builder.select(builder.icmp_signed("==", here, lane), _spread(builder, value), x)
+    lane = spread_out(builder, builder.trunc(at, ir.IntType(32)), INTS)
+    return builder.select(builder.icmp_signed("==", here, lane), spread_out(builder, value), x)
 
 
 @operation(types.float32)
 def lane0(builder, x):
     """The number in the first lane."""
-    return builder.extract_element(x, _int32(0))
+    return builder.extract_element(x, int32(0))
 
 
 @operation(types.float32)
@@ -280,7 +297,7 @@ def largest(builder, x):
     for step in (8, 4, 2, 1):
         other = builder.shuffle_vector(x, nothing, ir.Constant(INTS, [lane ^ step for lane in range(WIDTH)]))
         x = builder.select(builder.fcmp_ordered(">", x, other), x, other)
-    return builder.extract_element(x, _int32(0))
+    return builder.extract_element(x, int32(0))
 
 
 @operation(lanes)
@@ -300,47 +317,3 @@ def exp(builder, x):
     # Added to this, n + 127 stands in the last bits; moved up by 23 it is the exponent of 2^n.
     bits = builder.bitcast(builder.fadd(n, constant(2**23 + 2**22 + 127)), INTS)
     return builder.fmul(series, builder.bitcast(builder.shl(bits, constant(23, INTS)), FLOATS))
-
-
-def into_times(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """total + a b."""
-    return fma(builder, a, b, total)
-
-
-def tile(into: Callable[..., ir.Value], n_rows: int, n_groups: int) -> Any:
-    """An operation that makes a piece of a product, whose sums stay in the processor's registers.
-
-    out[r, l] (+)= sum over t of a[r, t] x[t, l], each term by `into`, for n_rows rows and n_groups times sixteen lanes,
-    of the last of which n are there. out[r, l] stands at to + out_row r + l, a[r, t] at `at` + a_row r + a_term t, and
-    sixteen lanes of x[t] at of + x_term t, the next sixteen x_group after them.
-    """
-
-    @operation(types.void)
-    def piece(builder, out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n):
-        def along(start: ir.Value, step: ir.Value, times: int | ir.Value) -> ir.Value:
-            return builder.add(start, builder.mul(step, step.type(times) if isinstance(times, int) else times))
-
-        def masked(array: ir.Value, place: ir.Value, group: int) -> ir.Value:
-            given = (address(builder, array, place), _int32(4), there[group], constant(0))
-            return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
-
-        there = [is_first(builder, n if group == n_groups - 1 else n.type(WIDTH)) for group in range(n_groups)]
-        cells = [(row, group) for row in range(n_rows) for group in range(n_groups)]
-        places = {(row, group): builder.add(along(to, out_row, row), to.type(group * WIDTH)) for row, group in cells}
-        sums = {cell: cgutils.alloca_once_value(builder, constant(0)) for cell in cells}
-        with builder.if_then(add):
-            for cell in cells:
-                builder.store(masked(out, places[cell], cell[1]), sums[cell])
-        with cgutils.for_range(builder, n_terms) as term:
-            term_at, term_of = along(at, a_term, term.index), along(of, x_term, term.index)
-            terms = [masked(x, along(term_of, x_group, group), group) for group in range(n_groups)]
-            for row in range(n_rows):
-                each = _spread(builder, builder.load(builder.gep(a, [along(term_at, a_row, row)])))
-                for group, y in enumerate(terms):
-                    held = sums[row, group]
-                    builder.store(into(builder, builder.load(held), each, y), held)
-        for cell in cells:
-            given = (builder.load(sums[cell]), address(builder, out, places[cell]), _int32(4), there[cell[1]])
-            call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
-
-    return piece

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from torch import Tensor
 
-from mechgrok.loops.kept import OPTIONS, keeper
+from mechgrok.loops.kept import OPTIONS, keeper, serves
 from mechgrok.loops.lanes import FLOATS, INTS, WIDTH, address, call, constant, fma, is_first, operation
 
 kept = keeper()
@@ -36,7 +36,7 @@ class Normals:
 
     def __init__(self, generators: Sequence[torch.Generator], n: int, like: Tensor):
         self._generators, self._n, self._like = list(generators), n, like
-        self._own = like.dtype == torch.float32 and like.device.type == "cpu" and n >= WIDTH
+        self._own = serves(like) and n >= WIDTH
         if self._own:
             # Torch seeds the twister with the last 32 bits, as NumPy's RandomState does.
             seeds = [generator.initial_seed() & 0xFFFF_FFFF for generator in self._generators]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechgrok.loops.kept import serves
 from mechgrok.replicas import fused
 from mechgrok.reproducible import without_denormals
 
@@ -25,7 +26,7 @@ def attend(
     Returns:
         Float[example, query, head, d_head], or Float[head, example, query, d_head] if `apart`.
     """
-    if bias is None and fused.serves(rest):
+    if bias is None and serves(rest):
         return _Fused.apply(q, rest, n_keys, scale, apart)
     return _plain(q, rest, n_keys, scale, bias, apart)
 
@@ -63,10 +64,9 @@ class _Fused(torch.autograd.Function):
         q, rest = ctx.saved_tensors
         dq, drest = None if q is None else torch.empty_like(q), torch.empty_like(rest)
         gradients = _flat(drest if dq is None else dq), _flat(drest)
-        n_pos, d_head = rest.shape[1], rest.shape[4]
-        room = [_flat(torch.empty(n_pos * width)) for width in (fused.WIDTH, d_head, d_head)]
+        dscores = _flat(torch.empty(rest.shape[1] * fused.WIDTH))
         with without_denormals():
-            fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, *room, *gradients)
+            fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, dscores, *gradients)
         return dq, drest, None, None, None
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import Precision
+from mechgrok.loops.kept import serves
 from mechgrok.loops.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
-from mechgrok.replicas import fused, passes
+from mechgrok.replicas import passes
 from mechgrok.replicas.cross_entropy import nats_of
 from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.network import Network, Norm, Parameters
@@ -95,7 +96,7 @@ def why_not(net: Network, precision: Precision = "float32") -> str | None:
     """What keeps this network, or its numbers, from the compiled passes; None if nothing does."""
     cfg = net.cfg
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
-    if not fused.serves(net.frozen["embed.W_E"]):
+    if not serves(net.frozen["embed.W_E"]):
         return "not float32 on the CPU"
     if precision == "bfloat16" and (HAS_AMX or not HAS_BFLOAT16):
         return "bfloat16's products are torch's on this processor"
@@ -308,7 +309,7 @@ def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
     room.fill(
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
-        turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos, dkeys=n_pos * cfg.d_head, dvalues=n_pos * cfg.d_head,
+        turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos,
         scaled=rows * max(cfg.d_model, cfg.d_head), scale=rows, tops=rows * -(-n_classes // classes), top=rows,
         origin=rows, target=rows, others=rows, along=rows,
     )  # fmt: skip

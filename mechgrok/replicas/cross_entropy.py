@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechgrok.loops.kept import serves
 from mechgrok.replicas import fused
 from mechgrok.reproducible import without_denormals
 
@@ -153,7 +154,7 @@ def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor, factor
 
     `logits`, Float[..., row, class] and contiguous, holds x, and factor (softmax(y) - onehot(target)) afterwards.
     """
-    if fused.serves(logits):
+    if serves(logits):
         others, away, along = (torch.empty(target.shape) for _ in range(3))
         given = (
             logits,

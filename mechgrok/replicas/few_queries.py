@@ -10,6 +10,7 @@ from mechgrok.loops.lanes import (
     WIDTH,
     added,
     exp,
+    first,
     largest,
     load,
     minus,
@@ -41,15 +42,6 @@ def _dot(a, at, b, of, n):
 
 
 @njit(**OPTIONS)
-def _add(by, x, at, add, out, to, n):
-    """out (+)= by x, n numbers."""
-    for c in range(0, n, WIDTH):
-        left = min(WIDTH, n - c)
-        y = times(spread(by), load(x, at + c, left, ZERO))
-        store(out, to + c, left, plus(load(out, to + c, left, ZERO), y) if add else y)
-
-
-@njit(**OPTIONS)
 def patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, pattern, place):
     """softmax(scale q k^T) of each query, from `place` on: Float[query, 16], 0 where it sees no key."""
     for i in range(len(n_keys)):
@@ -57,36 +49,53 @@ def patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, patter
         scores = spread(LOWEST)
         for j in range(seen):
             scores = put(scores, j, scale * _dot(q, query + i * q_row, rest, key + j * rest_row, d_head))
-        store(pattern, at, WIDTH, spread(ZERO))
-        store(pattern, at, seen, exp(minus(scores, spread(largest(scores)))))
-        each = load(pattern, at, WIDTH, ZERO)
+        each = first(exp(minus(scores, spread(largest(scores)))), seen)
         store(pattern, at, WIDTH, times(each, spread(ONE / added(each))))
+
+
+@njit(**OPTIONS)
+def _sum(weights, place, x, at, row, n_rows, out, to, n):
+    """out = the sum over rows of x of each times its weight, n numbers; they are written once, as what is read again
+    right after it was written in part has to be waited for.
+    """
+    for c in range(0, n, WIDTH):
+        left, total = min(WIDTH, n - c), spread(ZERO)
+        for j in range(n_rows):
+            total = plus(total, times(spread(weights[place + j]), load(x, at + j * row + c, left, ZERO)))
+        store(out, to + c, left, total)
 
 
 @njit(**OPTIONS)
 def values(pattern, place, rest, value, rest_row, n_keys, d_head, z, to, z_row):
     """z of each query."""
     for i in range(len(n_keys)):
-        for j in range(int(n_keys[i])):
-            _add(pattern[place + i * WIDTH + j], rest, value + j * rest_row, j > 0, z, to + i * z_row, d_head)
+        _sum(pattern, place + i * WIDTH, rest, value, rest_row, int(n_keys[i]), z, to + i * z_row, d_head)
 
 
 @njit(**OPTIONS)
 def patterns_back(
-    q, query, q_row, rest, key, value, rest_row, n_keys, scale, d_head, pattern, place, dz, back, z_row,
-    dq, dkeys, dvalues,
+    q, query, q_row, rest, key, value, rest_row, n_keys, scale, d_head, pattern, place, dz, back, z_row, dq, drest
 ):  # fmt: skip
-    """dq, and what is added to the gradients by the keys and values of one head, Float[pos, d_head]."""
-    for i in range(len(n_keys)):
+    """dq, and the gradients by the keys and values that some query sees, in drest."""
+    n_queries = len(n_keys)
+    for i in range(n_queries - 1, -1, -1):  # the last one sees all keys that any does, and is not added
         seen, at, own, asks = int(n_keys[i]), place + i * WIDTH, back + i * z_row, query + i * q_row
         shares, dshares = load(pattern, at, WIDTH, ZERO), spread(ZERO)
         for j in range(seen):
             dshares = put(dshares, j, _dot(dz, own, rest, value + j * rest_row, d_head))
-            _add(pattern[at + j], dz, own, True, dvalues, j * d_head, d_head)
+            _add(pattern[at + j], dz, own, i < n_queries - 1, drest, value + j * rest_row, d_head)
         inner = added(times(shares, dshares))
         # The pattern has served, so its place takes the gradient by the scores.
         store(pattern, at, WIDTH, times(times(shares, spread(scale)), minus(dshares, spread(inner))))
         for j in range(seen):
-            dscore = pattern[at + j]
-            _add(dscore, rest, key + j * rest_row, j > 0, dq, asks, d_head)
-            _add(dscore, q, asks, True, dkeys, j * d_head, d_head)
+            _add(pattern[at + j], q, asks, i < n_queries - 1, drest, key + j * rest_row, d_head)
+        _sum(pattern, at, rest, key, rest_row, seen, dq, asks, d_head)
+
+
+@njit(**OPTIONS)
+def _add(by, x, at, add, out, to, n):
+    """out (+)= by x, n numbers."""
+    for c in range(0, n, WIDTH):
+        left = min(WIDTH, n - c)
+        y = times(spread(by), load(x, at + c, left, ZERO))
+        store(out, to + c, left, plus(load(out, to + c, left, ZERO), y) if add else y)

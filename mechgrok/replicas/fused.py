@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from numba import njit
 
 from mechgrok.loops.kept import OPTIONS, keeper
@@ -27,16 +26,15 @@ from mechgrok.loops.lanes import (
     turn,
     where_above,
 )
+from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
 from mechgrok.replicas.few_queries import are_few, patterns, patterns_back, values
-from mechgrok.replicas.products import LOWEST, ONE, ZERO, copy, product
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, product
 
 kept = keeper(Path(__file__).parent)
 IN_CACHE = 2**12  # numbers that stay in the first cache from one step to the next
-
-
-def serves(like: torch.Tensor) -> bool:
-    """Whether these loops take such numbers."""
-    return like.dtype == torch.float32 and like.device.type == "cpu"
+# Sixteen rows of a pattern [key, 16] times something: its queries', and its keys'.
+_by_queries, _by_keys = tile(into_times, WIDTH, 1, (1, WIDTH)), tile(into_times, WIDTH, 1, (WIDTH, 1))
+_with_lanes = rows_of_few_terms(1)
 
 
 @njit(**OPTIONS)
@@ -56,11 +54,51 @@ def _turned(x, at, row, n_rows, n_numbers, out):
 
 
 @njit(**OPTIONS)
+def _with_queries(out, to, rest, at, row, turned, d_head, seen):
+    """Products of `seen` keys, or values, with a block of queries as lanes: Float[key, 16], from `to` on."""
+    if d_head % FEW_TERMS:
+        product(out, to, WIDTH, False, rest, at, row, 1, turned, 0, WIDTH, WIDTH, d_head, seen, WIDTH)
+        return
+    for term in range(0, d_head, FEW_TERMS):
+        _with_lanes(
+            out, to, WIDTH, term > 0, rest, at + term, row, turned, term * WIDTH, WIDTH, WIDTH, seen, WIDTH
+        )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _sums_of_keys(out, to, out_row, pattern, place, rest, at, row, seen, n, d_head):
+    """out = pattern^T x for n queries of a block, x being the first `seen` keys or values."""
+    if n < WIDTH:
+        product(out, to, out_row, False, pattern, place, 1, WIDTH, rest, at, row, WIDTH, seen, n, d_head)
+        return
+    for c in range(0, d_head, WIDTH):
+        left = min(WIDTH, d_head - c)
+        _by_queries(out, to + c, out_row, False, pattern, place, 1, WIDTH, rest, at + c, row, WIDTH, seen, left)
+
+
+@njit(**OPTIONS)
+def _sums_of_queries(out, to, out_row, add, pattern, place, x, at, row, seen, n, d_head):
+    """out (+)= pattern x for the first `seen` keys, x being the rows of n queries of a block."""
+    many = seen // WIDTH * WIDTH
+    for r in range(0, many, WIDTH):
+        for c in range(0, d_head, WIDTH):
+            left = min(WIDTH, d_head - c)
+            _by_keys(
+                out, to + r * out_row + c, out_row, add, pattern, place + r * WIDTH, WIDTH, 1, x, at + c, row, WIDTH,
+                n, left,
+            )  # fmt: skip
+    product(
+        out, to + many * out_row, out_row, add, pattern, place + many * WIDTH, WIDTH, 1, x, at, row, WIDTH, n,
+        seen - many, d_head,
+    )  # fmt: skip
+
+
+@njit(**OPTIONS)
 def _scores(q, query, q_row, n, d_head, rest, key, rest_row, n_keys, first, turned, scores, to):
     """Of a block of n queries, by key, from `to` on: Float[key, 16], LOWEST where a query does not see the key."""
     seen = int(n_keys[first + n - 1])
     _turned(q, query, q_row, n, d_head, turned)
-    product(scores, to, WIDTH, False, rest, key, rest_row, 1, turned, 0, WIDTH, WIDTH, d_head, seen, WIDTH)
+    _with_queries(scores, to, rest, key, rest_row, turned, d_head, seen)
     limit = load(n_keys, first, n, ZERO)
     for j in range(int(n_keys[first]), seen):
         at = to + j * WIDTH
@@ -123,9 +161,7 @@ def attention(
                 for at in range(place, end, WIDTH):
                     store(pattern, at, WIDTH, times(load(pattern, at, WIDTH, ZERO), inverse))
                 to = example * z_strides[0] + head * z_strides[1] + first * z_strides[2]
-                product(
-                    z, to, z_strides[2], False, pattern, place, 1, WIDTH, rest, value, rest_row, WIDTH, seen, n, d_head
-                )
+                _sums_of_keys(z, to, z_strides[2], pattern, place, rest, value, rest_row, seen, n, d_head)
                 block += 1
 
 
@@ -138,60 +174,56 @@ def _share(scores, at, scale, top):
 @kept
 def attention_backward(
     q, q_example, q_row, rest, rest_row, n_pos, n_keys, scale, n_heads, d_head, turned, pattern, keep, sums,
-    dz, z_strides, dscores, dkeys, dvalues, dq, drest,
+    dz, z_strides, dscores, dq, drest,
 ):  # fmt: skip
-    """dq and drest of `attention`, from what it kept and dz, laid out like z. dscores: room for 16 n_pos; dkeys,
-    dvalues: room for n_pos d_head.
-    """
+    """dq and drest of `attention`, from what it kept and dz, laid out like z. dscores: room for 16 n_pos."""
     n_queries = len(n_keys)
-    step, few, block = z_strides[2], are_few(n_queries, n_pos), 0
+    step, few, n_blocks = z_strides[2], are_few(n_queries, n_pos), (n_queries + WIDTH - 1) // WIDTH
     for example in range(len(rest) // (n_pos * rest_row)):
         for head in range(n_heads):
             key = example * n_pos * rest_row + rest_row + (head - 2 * n_heads) * d_head
             value = key + n_heads * d_head
+            before = (example * n_heads + head) * n_blocks
             _fetch_next(rest, n_pos * rest_row, head, n_heads, example)
             _fetch_next(dz, n_queries * n_heads * d_head, head, n_heads, example)
-            for at in range(n_pos * d_head):
-                dkeys[at], dvalues[at] = ZERO, ZERO
+            for at in range(int(n_keys[n_queries - 1]), n_pos):  # what no query sees
+                for c in range(d_head):
+                    drest[key + at * rest_row + c] = ZERO
+                    drest[value + at * rest_row + c] = ZERO
             if few:
                 query, back = example * q_example + head * d_head, example * z_strides[0] + head * z_strides[1]
-                place = block * WIDTH * n_pos if keep else 0
+                place = before * WIDTH * n_pos if keep else 0
                 if not keep:
                     patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, pattern, place)
                 patterns_back(
                     q, query, q_row, rest, key, value, rest_row, n_keys, scale, d_head, pattern, place, dz, back, step,
-                    dq, dkeys, dvalues,
+                    dq, drest,
                 )  # fmt: skip
-                block += 1
-            for first in range(0, 0 if few else n_queries, WIDTH):
+                continue
+            for block in range(n_blocks - 1, -1, -1):  # the last one sees all keys that any does, and is not added
+                first, add = block * WIDTH, block < n_blocks - 1
                 n = min(WIDTH, n_queries - first)
                 seen = int(n_keys[first + n - 1])
                 query = example * q_example + first * q_row + head * d_head
                 back = example * z_strides[0] + head * z_strides[1] + first * step
-                place = block * WIDTH * n_pos if keep else 0
+                place = (before + block) * WIDTH * n_pos if keep else 0
                 if not keep:
                     _scores(q, query, q_row, n, d_head, rest, key, rest_row, n_keys, first, turned, pattern, place)
-                    top = load(sums, block * 2 * WIDTH, WIDTH, ZERO)
-                    inverse = load(sums, block * 2 * WIDTH + WIDTH, WIDTH, ZERO)
+                    top = load(sums, (before + block) * 2 * WIDTH, WIDTH, ZERO)
+                    inverse = load(sums, (before + block) * 2 * WIDTH + WIDTH, WIDTH, ZERO)
                     for at in range(0, seen * WIDTH, WIDTH):
                         store(pattern, at, WIDTH, times(_share(pattern, at, scale, top), inverse))
                 _turned(dz, back, step, n, d_head, turned)
-                product(
-                    dscores, 0, WIDTH, False, rest, value, rest_row, 1, turned, 0, WIDTH, WIDTH, d_head, seen, WIDTH
-                )
+                _with_queries(dscores, 0, rest, value, rest_row, turned, d_head, seen)
                 inner = spread(ZERO)  # softmax's backward needs the sum over keys of pattern dpattern
                 for at in range(0, seen * WIDTH, WIDTH):
                     inner = plus(inner, times(load(pattern, place + at, WIDTH, ZERO), load(dscores, at, WIDTH, ZERO)))
                 for at in range(0, seen * WIDTH, WIDTH):
                     each = times(load(pattern, place + at, WIDTH, ZERO), spread(scale))
                     store(dscores, at, WIDTH, times(each, minus(load(dscores, at, WIDTH, ZERO), inner)))
-                product(dvalues, 0, d_head, True, pattern, place, WIDTH, 1, dz, back, step, WIDTH, n, seen, d_head)
-                product(dq, query, q_row, False, dscores, 0, 1, WIDTH, rest, key, rest_row, WIDTH, seen, n, d_head)
-                product(dkeys, 0, d_head, True, dscores, 0, WIDTH, 1, q, query, q_row, WIDTH, n, seen, d_head)
-                block += 1
-            for at in range(n_pos):
-                copy(dkeys, at * d_head, d_head, drest, key + at * rest_row)
-                copy(dvalues, at * d_head, d_head, drest, value + at * rest_row)
+                _sums_of_queries(drest, value, rest_row, add, pattern, place, dz, back, step, seen, n, d_head)
+                _sums_of_keys(dq, query, q_row, dscores, 0, rest, key, rest_row, seen, n, d_head)
+                _sums_of_queries(drest, key, rest_row, add, dscores, 0, q, query, q_row, seen, n, d_head)
 
 
 @kept

@@ -6,6 +6,9 @@ Once the sums over all classes are known, the gradient by a logit is its exponen
 these classes; the rows that the logits came from are multiplied by it, which are shorter. The order of loops is ours.
 """
 
+from numba import njit
+
+from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import (
     LEAST,
     WIDTH,
@@ -17,6 +20,7 @@ from mechgrok.loops.lanes import (
     load,
     minus,
     number,
+    over,
     plus,
     put,
     spread,
@@ -110,13 +114,14 @@ def loss(
             weigh_some(p.before_read, first, n, replica // p.n_chains, shared, own, z, mine, n_rows, room, here, True)
         weigh_some(m, first, n, replica, shared, own, room, x, n_rows, room, here, low)
         _exponentials(p, first, n, n_rows, biases, bias, targets, at, room)
-    for row in range(n_rows):
-        total, moved = room[p.others + row], room[p.target + row] - room[p.top + row]
-        others[to + row], away[to + row] = total, moved
-        if p.backward:
-            _settle(p, row, n_rows, total, moved, targets[at + row], weights[at + row], biases, bias, room)
+    for row in range(0, n_rows, WIDTH):
+        left = min(WIDTH, n_rows - row)
+        store(others, to + row, left, load(room, p.others + row, left, ZERO))
+        moved = minus(load(room, p.target + row, left, ZERO), load(room, p.top + row, left, ZERO))
+        store(away, to + row, left, moved)
     if not p.backward:
         return
+    _settle(p, n_rows, targets, weights, at, biases, bias, room)
     dx = p.dz if low else p.narrow
     for first in range(0, p.n_classes, p.classes):
         _classes_back(p, m, first, n_rows, replica, x, shared, own, room, gradients, dx)
@@ -131,21 +136,36 @@ def loss(
 
 
 @loop
-def _settle(p, row, n_rows, total, moved, target, weight, biases, bias, room):
-    """A row's sums are known: the derivative by its scale; what its exponentials are to be multiplied by; and the
-    target's own, which together with it gives weight (p - 1).
+def _settle(p, n_rows, targets, weights, at, biases, bias, room):
+    """The sums are known: the derivative by each row's scale; what their exponentials are to be multiplied by; and the
+    target's own, which together with it gives weight (p - 1). Sixteen rows at a time.
     """
-    scale, share = room[p.scale + row], ONE / (total + _power(moved))
-    # The gradient by the logits sums to zero, so the distance to any one number serves.
-    of_target = room[p.target + row] - room[p.origin + row] - biases[bias + target]
-    room[p.along + row] = (room[p.along + row] - total * of_target) * share / scale * weight
-    for first in range(0, p.n_classes, p.classes):
-        tops = p.tops + first // p.classes * n_rows + row
-        less = _power(max(room[tops] - room[p.top + row], FARTHEST))
+    for row in range(n_rows):
+        target = targets[at + row]
+        # The gradient by the logits sums to zero, so the distance to any one number serves.
+        room[p.origin + row] = room[p.target + row] - room[p.origin + row] - biases[bias + target]
+        room[p.dz + row] = room[p.tops + target // p.classes * n_rows + row]
+    for row in range(0, n_rows, WIDTH):
+        left = min(WIDTH, n_rows - row)
+        total, top = load(room, p.others + row, left, ONE), load(room, p.top + row, left, ZERO)
+        scale, weight = load(room, p.scale + row, left, ONE), load(weights, at + row, left, ZERO)
+        share = over(weight, plus(total, exp(minus(load(room, p.target + row, left, ZERO), top))))
+        along = minus(load(room, p.along + row, left, ZERO), times(total, load(room, p.origin + row, left, ZERO)))
+        store(room, p.along + row, left, over(times(along, share), scale))
+        store(room, p.dz + row, left, over(minus(spread(ZERO), total), _less(room, p.dz + row, left, top)))
+        for first in range(0, p.n_classes, p.classes):
+            tops = p.tops + first // p.classes * n_rows + row
+            store(room, tops, left, times(times(share, scale), _less(room, tops, left, top)))
+    for row in range(n_rows):
+        first = targets[at + row] // p.classes * p.classes
         n = min(p.classes, p.n_classes - first)
-        if 0 <= target - first < n:
-            room[p.logits + first * n_rows + row * n + target - first] = -total / less
-        room[tops] = weight * share * scale * less
+        room[p.logits + first * n_rows + row * n + targets[at + row] - first] = room[p.dz + row]
+
+
+@njit(**OPTIONS)
+def _less(room, tops, n, top):
+    """What the exponentials of some classes, relative to their own largest logit, are larger by."""
+    return exp(larger(minus(load(room, tops, n, ZERO), top), spread(FARTHEST)))
 
 
 @loop

@@ -15,10 +15,11 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import LayerNorm, LayerNormPre
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from mechgrok.replicas import fused
+from mechgrok.loops.kept import serves
 from mechgrok.replicas.attention import attend
 from mechgrok.types import Examples
 
+NEARLY_ALL = 0.9  # of the positions scored: the rest cost less than queries of their own, and count with a weight of 0
 Parameters = Mapping[str, Tensor]  # full name -> Float[replica or 1, ...]
 
 PLAIN = {
@@ -104,14 +105,13 @@ class Network:
     def __init__(self, model: HookedTransformer, examples: Examples):
         self.model, self.cfg = model, model.cfg
         self.n_pos = examples.tokens.shape[1]
-        # Targets and weights of the positions that any example scores; the last layer runs on no others.
-        self.scored = (examples.weights > 0).any(0).nonzero().squeeze(1)
-        self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
         self.every = torch.arange(self.n_pos, device=examples.tokens.device)
+        # The positions that any example scores; the last layer runs on no others, unless they are few.
+        scored = (examples.weights > 0).any(0).nonzero().squeeze(1)
+        self.scored = self.every if len(scored) > NEARLY_ALL * self.n_pos else scored
+        self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
         self._modules = dict(model.named_modules())
-        self.keeps_patterns = (
-            not fused.serves(self.frozen["embed.W_E"]) or self.cfg.positional_embedding_type == "alibi"
-        )
+        self.keeps_patterns = not serves(self.frozen["embed.W_E"]) or self.cfg.positional_embedding_type == "alibi"
         self._frozen_qkv: dict[int, Reads] = {}
 
     def queries(self, layer: int) -> Tensor:

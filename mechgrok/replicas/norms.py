@@ -3,7 +3,9 @@
 import numpy as np
 
 from mechgrok.loops.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
-from mechgrok.replicas.products import ONE, ZERO, copy, loop, row_plus
+from mechgrok.replicas.products import ONE, ZERO, loop, row_plus
+
+TOGETHER = 32
 
 # x -> (x - mean x if centred) / sqrt(mean square + eps) if scaled; neither: x itself.
 NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_)], align=True)
@@ -12,23 +14,28 @@ NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_
 @loop
 def normalize(norm, x, at, n_rows, n, hat, to, inverse):
     """hat, from `to` on: the normalized rows of x; after them, from `inverse` on, 1 / root mean square of each."""
-    for row in range(n_rows):
-        start, end = at + row * n, to + row * n
-        copy(x, start, n, hat, end)
-        if norm.centred:
+    for begin in range(0, n_rows, TOGETHER):  # rows go through each step together: they do not wait for sums
+        group = range(begin, min(begin + TOGETHER, n_rows))
+        for row in group:
             total = spread(ZERO)
-            for c in range(0, n, WIDTH):
-                total = plus(total, load(x, start + c, min(WIDTH, n - c), ZERO))
-            mean = spread(added(total) / number(n))
+            if norm.centred:
+                for c in range(0, n, WIDTH):
+                    total = plus(total, load(x, at + row * n + c, min(WIDTH, n - c), ZERO))
+            hat[inverse + row] = added(total) / number(n)
+        for row in group:
+            mean, squares = spread(hat[inverse + row]), spread(ZERO)
             for c in range(0, n, WIDTH):
                 left = min(WIDTH, n - c)
-                store(hat, end + c, left, minus(load(x, start + c, left, ZERO), mean))
+                y = minus(load(x, at + row * n + c, left, hat[inverse + row]), mean)
+                squares = plus(squares, times(y, y))
+                store(hat, to + row * n + c, left, y)
+            hat[inverse + row] = ONE / np.sqrt(added(squares) / number(n) + norm.eps) if norm.scaled else ONE
         if norm.scaled:
-            by = inverse_rms(norm, hat, end, n)
-            hat[inverse + row] = by
-            for c in range(0, n, WIDTH):
-                left = min(WIDTH, n - c)
-                store(hat, end + c, left, times(load(hat, end + c, left, ZERO), spread(by)))
+            for row in group:
+                by = spread(hat[inverse + row])
+                for c in range(0, n, WIDTH):
+                    left, here = min(WIDTH, n - c), to + row * n + c
+                    store(hat, here, left, times(load(hat, here, left, ZERO), by))
 
 
 @loop

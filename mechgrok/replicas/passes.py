@@ -14,6 +14,7 @@ from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
 from mechgrok.replicas.products import ZERO, copy, loop
 
+AT_A_TIME = 16  # rows that stay in the first cache with what a layer reads of them
 # What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
 MLP, NEXT, READOUT = 1, 2, 3
 
@@ -40,8 +41,8 @@ PASS = np.dtype(
             (name, np.int64)
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
-                "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores", "dkeys",
-                "dvalues", "base", "scaled", "low",
+                "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores",
+                "base", "scaled", "low",
                 # Of `loss`: how many classes at once; and for each row its norm's scale, the largest logit, by classes
                 # and so far, the first of these, the target's, and the sums over the others.
                 "classes", "scale", "tops", "top", "origin", "target", "others", "along",
@@ -107,7 +108,7 @@ def _attend_back(p, layer, n_examples, n_keys, room):
     attention_backward(
         q, q_example, q_row, rest, layer.rest.n_out, p.n_pos, n_keys, layer.scale, layer.n_heads, layer.d_head,
         room[p.turned :], room[layer.pattern :], True, room[:0], room[p.narrow :], strides,
-        room[p.dscores :], room[p.dkeys :], room[p.dvalues :], dq, drest,
+        room[p.dscores :], dq, drest,
     )  # fmt: skip
 
 
@@ -132,54 +133,51 @@ def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
 
 
 @loop
-def _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to):
-    """base + z p.before_read + own_z p.own_read, base being the same for all heads of a chain: what reads the residual
-    stream sees, but for the norm's scale, of a head that moved it, through that head's rank.
-    """
-    copy(room, p.base, n_rows * p.own_read.n_out, room, to)
-    linear(p.before_read, replica // p.n_chains, shared, own, z, mine, n_rows, room, to, True)
-    linear(p.own_read, replica, shared, own, room, own_z, n_rows, room, to, True)
-
-
-@loop
 def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared, own, room, to):
-    """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows."""
+    """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows, of a head
+    that moved it, through that head's rank: m's bias + inverse (base + z p.before_read + own_z p.own_read), base being
+    the same for all heads of a chain. A few rows at a time go through all steps, while they are in the first cache.
+    """
     copy(room, p.resid, n_rows * p.d_model, room, hat)
-    _low_sum(p, replica, n_rows, z, mine, own_z, shared, own, room, to)
     biases, start = bias_of(m, replica, shared, own)
+    d_head, chain = p.own_read.n_in, replica // p.n_chains
     for row in range(n_rows):
         room[inverse + row] = inverse_rms(norm, room, p.resid + row * p.d_model, p.d_model)
-        by, here, bias = spread(room[inverse + row]), to + row * m.n_out, start + row % m.n_bias * m.n_out
-        for c in range(0, m.n_out, WIDTH):
-            left = min(WIDTH, m.n_out - c)
-            y = times(load(room, here + c, left, ZERO), by)
-            store(room, here + c, left, plus(y, load(biases, bias + c, left, ZERO)))
+    for first in range(0, n_rows, AT_A_TIME):
+        n, begin = min(AT_A_TIME, n_rows - first), to + first * m.n_out
+        copy(room, p.base + first * m.n_out, n * m.n_out, room, begin)
+        linear(p.before_read, chain, shared, own, z, mine + first * d_head, n, room, begin, True)
+        linear(p.own_read, replica, shared, own, room, own_z + first * d_head, n, room, begin, True)
+        for row in range(first, first + n):
+            by, here, bias = spread(room[inverse + row]), to + row * m.n_out, start + row % m.n_bias * m.n_out
+            for c in range(0, m.n_out, WIDTH):
+                left = min(WIDTH, m.n_out - c)
+                y = times(load(room, here + c, left, ZERO), by)
+                store(room, here + c, left, plus(y, load(biases, bias + c, left, ZERO)))
 
 
 @loop
 def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread, shared, own, room, gradients):
     """From the gradient by what m read: dz by the head's rank, and what the scale adds to the residual stream's."""
     biases, start = bias_of(m, replica, shared, own)
-    for row in range(n_rows):
-        scale = room[inverse + row]
-        by, here, bias, along = spread(scale), row * m.n_out, start + row % m.n_bias * m.n_out, spread(ZERO)
-        for c in range(0, m.n_out, WIDTH):
-            left = min(WIDTH, m.n_out - c)
-            d = load(room, dread + here + c, left, ZERO)
-            scaled = minus(load(room, read + here + c, left, ZERO), load(biases, bias + c, left, ZERO))
-            along = plus(along, times(d, scaled))
-            store(room, dread + here + c, left, times(d, by))
-        if norm.scaled:
-            at = row * p.d_model
-            scale_back(added(along) / scale, scale, room, hat + at, p.d_model, True, room, p.resid + at)
-    _low_sum_back(p, replica, n_rows, own_z, dread, shared, own, room, gradients)
-
-
-@loop
-def _low_sum_back(p, replica, n_rows, own_z, dsum, shared, own, room, gradients):
-    """From the gradient by what `_low_sum` made: that by the head's rank, dz, and by p.own_read."""
-    linear_gradient(p.own_read, replica, room, own_z, room, dsum, n_rows, gradients)
-    linear_back(p.own_read, replica, shared, own, room, dsum, n_rows, room, p.dz, False)
+    d_head = p.own_read.n_in
+    for first in range(0, n_rows, AT_A_TIME):
+        n = min(AT_A_TIME, n_rows - first)
+        for row in range(first, first + n):
+            scale = room[inverse + row]
+            by, here, bias, along = spread(scale), row * m.n_out, start + row % m.n_bias * m.n_out, spread(ZERO)
+            for c in range(0, m.n_out, WIDTH):
+                left = min(WIDTH, m.n_out - c)
+                d = load(room, dread + here + c, left, ZERO)
+                scaled = minus(load(room, read + here + c, left, ZERO), load(biases, bias + c, left, ZERO))
+                along = plus(along, times(d, scaled))
+                store(room, dread + here + c, left, times(d, by))
+            if norm.scaled:
+                at = row * p.d_model
+                scale_back(added(along) / scale, scale, room, hat + at, p.d_model, True, room, p.resid + at)
+        z, dsum = own_z + first * d_head, dread + first * m.n_out
+        linear_gradient(p.own_read, replica, room, z, room, dsum, n, gradients)
+        linear_back(p.own_read, replica, shared, own, room, dsum, n, room, p.dz + first * d_head, False)
 
 
 @loop

@@ -6,7 +6,8 @@ from typing import Any
 from numba.extending import overload, register_jitable
 
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, into_dots, into_times, load, number, plus, store, tile
+from mechgrok.loops.lanes import WIDTH, into_dots, load, number, plus, store
+from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
 
 ZERO, ONE = number(0), number(1)
 LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
@@ -27,17 +28,31 @@ def loop(function: Callable[..., Any]) -> Any:
 
 def _strip_by(into: Any, n_groups: int) -> Any:
     """A product of no more lanes than n_groups times sixteen, the last of which there are n of."""
-    eight, one = (tile(into, rows, n_groups) for rows in (8, 1))
+    eight, four, two, one = (tile(into, rows, n_groups) for rows in (8, 4, 2, 1))
 
     @loop
     def strip(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n):
-        many = n_rows // 8 * 8
-        for r in range(0, many, 8):
+        r = 0
+        while r + 8 <= n_rows:
             eight(
                 out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
-        for r in range(many, n_rows):
+            r += 8
+        # A row by itself would wait for each sum before the next term, so those left over go together.
+        if r + 4 <= n_rows:
+            four(
+                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                x, of, x_term, x_group, n_terms, n,
+            )  # fmt: skip
+            r += 4
+        if r + 2 <= n_rows:
+            two(
+                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                x, of, x_term, x_group, n_terms, n,
+            )  # fmt: skip
+            r += 2
+        if r < n_rows:
             one(
                 out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
@@ -63,11 +78,39 @@ def _product_by(into: Any) -> Any:
     return made
 
 
-# product(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
-# out[r, l] (+)= sum over t of a[r, t] x[t, l], any number of rows, terms and lanes. The arrays are flat, and where each
-# begins and its strides are given, as `lanes.tile` takes them.
-product = _product_by(into_times)
-# The same where each number of a and x is a pair of bfloat16s, and so each term two.
+_one_group, _two_groups = rows_of_few_terms(1), rows_of_few_terms(2)
+
+
+@loop
+def _few_terms(out, to, out_row, add, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
+    """A product of eight terms or sixteen, whose rows are too soon done for tiles to pay."""
+    for lane in range(0, n_lanes, 2 * WIDTH):
+        n, here, group = n_lanes - lane, to + lane, of + lane // WIDTH * x_group
+        for term in range(0, n_terms, FEW_TERMS):
+            more, start, begin = add or term > 0, at + term, group + term * x_term
+            if n > WIDTH:
+                last = min(WIDTH, n - WIDTH)
+                _two_groups(out, here, out_row, more, a, start, a_row, x, begin, x_term, x_group, n_rows, last)
+            else:
+                _one_group(out, here, out_row, more, a, start, a_row, x, begin, x_term, x_group, n_rows, n)
+
+
+_any_terms = _product_by(into_times)
+
+
+@loop
+def product(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
+    """out[r, l] (+)= sum over t of a[r, t] x[t, l], any number of rows, terms and lanes.
+
+    The arrays are flat, and where each begins and its strides are given, as `lanes.tile` takes them.
+    """
+    if a_term == 1 and (n_terms == FEW_TERMS or n_terms == 2 * FEW_TERMS):
+        _few_terms(out, to, out_row, add, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
+    else:
+        _any_terms(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
+
+
+# The same where each number of a and x is a pair of bfloat16s, and so each term two; any terms.
 product_of_pairs = _product_by(into_dots)
 
 

@@ -133,15 +133,15 @@ def sample(
 def _evaluate(potential: Potential, theta: Tensor, anchor: Tensor, index: Tensor, config: LLCConfig) -> _Point:
     example_losses, grad = potential.losses_and_grad(theta, index)
     losses = example_losses.double().mean(1)
-    away = theta - anchor
-    square = away.double().square().sum(1) if SAMPLERS[config.sampler].metropolis else torch.zeros_like(losses)
-    force = away.mul_(config.localization).add_(grad, alpha=config.nbeta)
-    return _Point(theta, losses, square, Slope(grad, force))
+    metropolis = SAMPLERS[config.sampler].metropolis
+    square = (theta - anchor).double().square().sum(1) if metropolis else torch.zeros_like(losses)
+    return _Point(theta, losses, square, Slope(grad, anchor))
 
 
 def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], config: LLCConfig) -> Tensor:
     """Which proposals are taken, Bool[chain]. One that is not finite never is."""
-    energies, forces = (old.energy(config), new.energy(config)), (old.slope.force, new.slope.force)
+    energies = old.energy(config), new.energy(config)
+    forces = old.slope.force(old.theta, config), new.slope.force(new.theta, config)
     log_ratio = mala_log_acceptance(old.theta, new.theta, *energies, *forces, config.step_size)
     coin = torch.cat([torch.rand(1, generator=rng, dtype=torch.float64, device=rng.device) for rng in coins])
     return coin.log() < log_ratio
@@ -153,5 +153,5 @@ def _choose(take: Tensor, new: _Point, old: _Point) -> _Point:
         torch.where(rows, new.theta, old.theta),
         torch.where(take, new.losses, old.losses),
         torch.where(take, new.square, old.square),
-        Slope(torch.where(rows, new.slope.grad, old.slope.grad), torch.where(rows, new.slope.force, old.slope.force)),
+        Slope(torch.where(rows, new.slope.grad, old.slope.grad), new.slope.anchor),
     )

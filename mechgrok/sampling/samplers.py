@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import LLCConfig, SamplerName
+from mechgrok.loops import steps
+from mechgrok.loops.kept import serves
 from mechgrok.sampling import kernels
 
 Normal = Callable[[], Tensor]
@@ -22,10 +24,17 @@ class State(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """grad: of the mean loss; force: of U = nbeta L + localization / 2 |theta - anchor|^2. Float[replica, param]."""
+    """What U = nbeta L + localization / 2 |theta - anchor|^2 falls by: the gradient of the mean loss L, and the anchor.
+
+    Float[replica, param] each.
+    """
 
     grad: Tensor
-    force: Tensor
+    anchor: Tensor
+
+    def force(self, theta: Tensor, config: LLCConfig) -> Tensor:
+        """The gradient of U at theta, where `grad` was taken."""
+        return (theta - self.anchor).mul_(config.localization).add_(self.grad, alpha=config.nbeta)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,9 @@ def _at_rest(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
 
 
 def _sgld(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
-    return State(kernels.sgld(state.theta, slope.force, noise, step_size=config.step_size))
+    if serves(noise):
+        return State(steps.sgld(state.theta, *slope, noise, config))
+    return State(kernels.sgld(state.theta, slope.force(state.theta, config), noise, step_size=config.step_size))
 
 
 def _no_second_moment(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
@@ -59,7 +70,7 @@ def _no_second_moment(theta: Tensor, normal: Normal, config: LLCConfig) -> State
 def _rmsprop_sgld(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
     (second_moment,) = state.carried
     theta, second_moment = kernels.rmsprop_sgld(
-        state.theta, second_moment, slope.grad, slope.force, noise,
+        state.theta, second_moment, slope.grad, slope.force(state.theta, config), noise,
         step_size=config.step_size, decay=config.rmsprop_decay, stability=config.rmsprop_stability,
     )  # fmt: skip
     return State(theta, (second_moment,))
@@ -77,15 +88,20 @@ def _moving_with_thermostat(theta: Tensor, normal: Normal, config: LLCConfig) ->
 def _sgnht(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
     velocity, friction = state.carried
     theta, velocity, friction = kernels.sgnht(
-        state.theta, velocity, friction, slope.force, noise, step_size=config.step_size, momentum=config.momentum
-    )
+        state.theta, velocity, friction, slope.force(state.theta, config), noise,
+        step_size=config.step_size, momentum=config.momentum,
+    )  # fmt: skip
     return State(theta, (velocity, friction))
 
 
 def _baoab(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
     (velocity,) = state.carried
+    if serves(noise):
+        theta, velocity = steps.baoab(state.theta, velocity, *slope, noise, config)
+        return State(theta, (velocity,))
+    force = slope.force(state.theta, config)
     theta, velocity = kernels.baoab(
-        state.theta, velocity, slope.force, noise, step_size=config.step_size, momentum=config.momentum
+        state.theta, velocity, force, noise, step_size=config.step_size, momentum=config.momentum
     )
     return State(theta, (velocity,))
 
