@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer
 from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
 from mechgrok import plotting, seeds
 from mechgrok.components import head_of
-from mechgrok.measures.ablation import ABLATION_KINDS
+from mechgrok.measures.ablation import ABLATION_KINDS, clean_run
 from mechgrok.measures.circuits import (
     PairEvidence,
     WeightedMean,
@@ -32,7 +32,7 @@ from mechgrok.measures.circuits import (
     path_effect,
 )
 from mechgrok.measures.head_types import DIRECT_NATS, probe
-from mechgrok.measures.path_ablation import INPUTS, Head, Input, clean_run
+from mechgrok.measures.path_ablation import INPUTS, Head, Input
 from mechgrok.stages import usable_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 

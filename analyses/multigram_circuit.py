@@ -26,6 +26,7 @@ from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of
 from mechgrok import plotting, seeds
 from mechgrok.components import HEAD_NAME
 from mechgrok.config import REFERENCE
+from mechgrok.measures.ablation import clean_run
 from mechgrok.measures.circuits import (
     PATH_NATS,
     Pair,
@@ -39,7 +40,7 @@ from mechgrok.measures.circuits import (
     weighted_mean,
 )
 from mechgrok.measures.composition import MODES, composition_scores
-from mechgrok.measures.path_ablation import INPUTS, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, path_ablation
 from mechgrok.stages import usable_points
 from mechgrok.types import Claim, Examples, LLCCurve, Report, Split, Stage, Study
 

@@ -100,7 +100,18 @@ def scored_logits(
     def drop_unscored(resid: Tensor, hook: HookPoint) -> Tensor:
         return resid[:, -n_scored:].contiguous()  # TransformerLens views it as a matrix
 
-    return model.run_with_hooks(inputs, start_at_layer=start_at_layer, fwd_hooks=[*fwd_hooks, (point, drop_unscored)])
+    positions = None
+    if start_at_layer is not None:
+        if start_at_layer == cfg.n_layers:  # no layer is left to drop them in
+            inputs = inputs[:, -n_scored:]
+        if cfg.positional_embedding_type == "shortformer":  # which later layers need as well
+            positions = model.W_pos[: inputs.shape[1]].expand(len(inputs), -1, -1)
+    return model.run_with_hooks(
+        inputs,
+        start_at_layer=start_at_layer,
+        shortformer_pos_embed=positions,
+        fwd_hooks=[*fwd_hooks, (point, drop_unscored)],
+    )
 
 
 def model_losses(model: HookedTransformer, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

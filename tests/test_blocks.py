@@ -17,11 +17,11 @@ from analyses import contract
 from mechgrok import seeds
 from mechgrok.config import load_config
 from mechgrok.measures import head_types, multigrams
-from mechgrok.measures.ablation import head_ablations, position_ablations
+from mechgrok.measures.ablation import clean_run, head_ablations, position_ablations
 from mechgrok.measures.attribution import direct_attributions
 from mechgrok.measures.circuits import direct_effects, joint_ablation, layer_path_effects
 from mechgrok.measures.in_context import bigram_score, bigram_table, position_losses
-from mechgrok.measures.path_ablation import INPUTS, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, path_ablation
 from mechgrok.model import build_model, shares
 from mechgrok.tasks.next_token import next_token_examples
 from mechgrok.types import Split
@@ -34,7 +34,7 @@ ROWS = twice(6, seeds.stream(0, "blocks"))
 def circuits(model: HookedTransformer) -> list[Tensor]:
     clean = clean_run(model, ROWS)
     return [
-        *clean.resid_pre, *clean.z, clean.losses,
+        *clean.resid, *clean.z, clean.losses,
         path_ablation(model, ROWS, (0, 1), (1, 2), INPUTS, "resample", seeds.stream(1), clean),
         *(joint_ablation(model, ROWS, [(0, 1), (1, 2), (1, 3)], kind, seeds.stream(2), clean).shifts
           for kind in ("zero", "mean", "resample")),

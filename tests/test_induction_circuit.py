@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from analyses import induction_circuit as analysis
 from mechgrok import seeds
 from mechgrok.errors import ComponentError
-from mechgrok.measures.ablation import ABLATION_KINDS, head_ablations
+from mechgrok.measures.ablation import ABLATION_KINDS, clean_run, head_ablations
 from mechgrok.measures.circuits import (
     WeightedMean,
     induction_search,
@@ -22,7 +22,7 @@ from mechgrok.measures.circuits import (
     weighted_mean,
 )
 from mechgrok.measures.head_types import probe
-from mechgrok.measures.path_ablation import INPUTS, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, path_ablation
 from mechgrok.types import LLCCurve, Report, Stage
 from tests import hand_built
 from tests.hand_built import SPLIT, TOKEN, hand_built_model

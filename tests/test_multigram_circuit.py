@@ -13,9 +13,10 @@ from transformer_lens import HookedTransformer
 
 from analyses import multigram_circuit as analysis
 from mechgrok import seeds
+from mechgrok.measures.ablation import clean_run
 from mechgrok.measures.circuits import direct_effects, layer_path_effects
 from mechgrok.measures.in_context import position_losses
-from mechgrok.measures.path_ablation import INPUTS, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, path_ablation
 from mechgrok.model import build_model, model_from_parameters
 from mechgrok.types import Examples, LLCCurve, Report, Split, Stage
 from tests.hand_built import (

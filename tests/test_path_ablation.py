@@ -7,9 +7,9 @@ from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
 from mechgrok.errors import ComponentError
-from mechgrok.measures.ablation import ABLATION_KINDS, position_ablations
+from mechgrok.measures.ablation import ABLATION_KINDS, clean_run, position_ablations
 from mechgrok.measures.in_context import position_losses, target_losses
-from mechgrok.measures.path_ablation import INPUTS, Head, Input, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, Head, Input, path_ablation
 from tests.hand_built import hand_built_model
 from tests.test_attention_measures import ARCHITECTURES, TWICE, random_model
 

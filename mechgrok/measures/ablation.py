@@ -1,6 +1,8 @@
 """Ablation of single heads at hook_z: how much the loss grows when a head's output is replaced."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,13 +10,42 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from mechgrok.measures.in_context import Hooks, position_losses
-from mechgrok.model import FwdHook, shares
+from mechgrok.measures.in_context import position_losses
+from mechgrok.model import FwdHook
 from mechgrok.types import Examples
 
 AblationKind = Literal["zero", "mean", "resample"]
 AnyAblation = Literal["zero", "mean", "resample", "pattern-preserving"]
 ABLATION_KINDS: tuple[AblationKind, ...] = ("zero", "mean", "resample")
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """One unharmed run, shared by the ablations of many heads or paths.
+
+    resid: what enters each layer, and what leaves the last, [example, pos, d_model]. z: by layer, [example, pos, head,
+    d_head]. losses: Float64[example, scored].
+    """
+
+    resid: tuple[Tensor, ...]
+    z: tuple[Tensor, ...]
+    losses: Tensor
+
+
+@torch.no_grad()
+def clean_run(model: HookedTransformer, examples: Examples) -> CleanRun:
+    """What ablations need of the model as it is, of all rows, as each may stand in for any other."""
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        kept[str(hook.name)].append(value)
+
+    layers = range(model.cfg.n_layers)
+    resid = [*(f"blocks.{layer}.hook_resid_pre" for layer in layers), f"blocks.{layers[-1]}.hook_resid_post"]
+    z = [f"blocks.{layer}.attn.hook_z" for layer in layers]
+    losses = position_losses(model, examples, lambda rows: [(name, keep) for name in (*resid, *z)])
+    together = {name: torch.cat(kept.pop(name)) for name in (*resid, *z)}
+    return CleanRun(tuple(together[name] for name in resid), tuple(together[name] for name in z), losses)
 
 
 @torch.no_grad()
@@ -39,15 +70,13 @@ def position_ablations(model: HookedTransformer, examples: Examples, kind: AnyAb
 
     Where the weight is 0 the target has no meaning, and so has the increase.
     """
-    unharmed = position_losses(model, examples)
+    clean = clean_run(model, examples)
     increases = []
-    for layer in range(model.cfg.n_layers):
-        z = _head_outputs(model, examples, layer)
+    for layer, z in enumerate(clean.z):
         for head in range(model.cfg.n_heads):
             own = z[:, :, head]
             instead = replacement(kind, own, permutation(kind, len(examples), rng)).expand_as(own)
-            hooks = _without(model, examples, kind, layer, head, instead)
-            increases.append(position_losses(model, examples, hooks) - unharmed)
+            increases.append(_losses_with(model, examples, clean, kind, layer, head, instead) - clean.losses)
     return torch.stack(increases)
 
 
@@ -74,26 +103,37 @@ def put_head(point: str, head: int, value: Tensor) -> FwdHook:
     return point, hook_fn
 
 
-def _head_outputs(model: HookedTransformer, examples: Examples, layer: int) -> Tensor:
-    """The clean z of one layer: [example, pos, head, d_head]. Of all rows, as each may stand in for any other."""
-    name = f"blocks.{layer}.attn.hook_z"
-    return torch.cat([_clean(model, examples.tokens[rows], [name], layer)[name] for rows in shares(model, examples)])
+def _losses_with(
+    model: HookedTransformer,
+    examples: Examples,
+    clean: CleanRun,
+    kind: AnyAblation,
+    layer: int,
+    head: int,
+    instead: Tensor,
+) -> Tensor:
+    """Every position's loss with something in place of one head's z, [example, pos, d_head].
 
-
-def _without(
-    model: HookedTransformer, examples: Examples, kind: AnyAblation, layer: int, head: int, instead: Tensor
-) -> Hooks:
-    """The hooks that put something in place of one head's z: [example, pos, d_head]."""
-    last, frozen = model.cfg.n_layers - 1, list[str]()
+    Only what comes after is run: the next layer on, where the head's output is added to what leaves its own, else its
+    own layer on.
+    """
+    cfg, frozen = model.cfg, list[str]()
     if kind == "pattern-preserving":  # a head's ablation changes no pattern before the next layer's
-        frozen = [f"blocks.{later}.attn.hook_pattern" for later in range(layer + 1, last + 1)]
+        frozen = [f"blocks.{later}.attn.hook_pattern" for later in range(layer + 1, cfg.n_layers)]
+
+    def patterns(rows: slice) -> list[FwdHook]:
+        found = _clean(model, examples.tokens[rows], frozen, cfg.n_layers - 1) if frozen else {}
+        return [(name, _put(pattern)) for name, pattern in found.items()]
+
+    if cfg.attn_only and not cfg.use_normalization_before_and_after:
+        change = (instead - clean.z[layer][:, :, head]) @ model.W_O[layer, head]
+        return position_losses(model, examples, patterns, clean.resid[layer + 1] + change, layer + 1)
+    point = f"blocks.{layer}.attn.hook_z"
 
     def hooks(rows: slice) -> list[FwdHook]:
-        patterns = _clean(model, examples.tokens[rows], frozen, last) if frozen else {}
-        of_head = put_head(f"blocks.{layer}.attn.hook_z", head, instead[rows])
-        return [of_head, *((name, _put(pattern)) for name, pattern in patterns.items())]
+        return [put_head(point, head, instead[rows]), *patterns(rows)]
 
-    return hooks
+    return position_losses(model, examples, hooks, clean.resid[layer], layer)
 
 
 def _put(instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:

@@ -15,12 +15,12 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.components import head_of
-from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
+from mechgrok.measures.ablation import AblationKind, CleanRun, clean_run, permutation, put_head, replacement
 from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attention_scores, prefix_matching
 from mechgrok.measures.composition import composition_scores
 from mechgrok.measures.head_types import SURE, strong_heads
 from mechgrok.measures.in_context import position_losses
-from mechgrok.measures.path_ablation import INPUTS, CleanRun, Head, Input, clean_run, path_ablation
+from mechgrok.measures.path_ablation import INPUTS, Head, Input, path_ablation
 from mechgrok.model import FwdHook
 from mechgrok.types import Examples
 

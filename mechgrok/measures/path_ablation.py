@@ -4,19 +4,15 @@ The three ways in, queries, keys and values, are ablated one by one or together.
 every other part receives is what it is in the clean run; what comes after the later head responds to it.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ComponentError
-from mechgrok.measures.ablation import AblationKind, permutation, put_head, replacement
+from mechgrok.measures.ablation import AblationKind, CleanRun, clean_run, permutation, put_head, replacement
 from mechgrok.measures.in_context import position_losses
 from mechgrok.model import FwdHook
 from mechgrok.types import Examples
@@ -24,32 +20,6 @@ from mechgrok.types import Examples
 Head = tuple[int, int]  # layer, head
 Input = Literal["q", "k", "v"]
 INPUTS: tuple[Input, ...] = ("q", "k", "v")
-
-
-@dataclass(frozen=True)
-class CleanRun:
-    """One unharmed run, shared by the ablations of many paths.
-
-    resid_pre, z: by layer, [example, pos, d_model] and [example, pos, head, d_head]. losses: Float64[example, scored].
-    """
-
-    resid_pre: tuple[Tensor, ...]
-    z: tuple[Tensor, ...]
-    losses: Tensor
-
-
-@torch.no_grad()
-def clean_run(model: HookedTransformer, examples: Examples) -> CleanRun:
-    """What `path_ablation` needs of the model as it is."""
-    kept: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        kept[str(hook.name)].append(value)
-
-    names = [[f"blocks.{i}.{hook}" for i in range(model.cfg.n_layers)] for hook in ("hook_resid_pre", "attn.hook_z")]
-    losses = position_losses(model, examples, lambda rows: [(name, keep) for name in chain(*names)])
-    resid_pre, z = (tuple(torch.cat(kept.pop(name)) for name in of) for of in names)
-    return CleanRun(resid_pre, z, losses)
 
 
 @torch.no_grad()
@@ -87,15 +57,13 @@ def path_ablation(
     layer = receiver[0]
     own = clean.z[sender[0]][:, :, sender[1]]
     replaced = replacement(kind, own, permutation(kind, len(examples), rng))
-    resid = clean.resid_pre[layer] + (replaced - own) @ model.W_O[sender]
+    resid = clean.resid[layer] + (replaced - own) @ model.W_O[sender]
 
     def hooks(rows: slice) -> list[FwdHook]:
         changed = {letter: _head_input(model, receiver, letter, resid[rows]) for letter in inputs}
         return [put_head(f"blocks.{layer}.attn.hook_{letter}", receiver[1], of) for letter, of in changed.items()]
 
-    if model.cfg.positional_embedding_type == "shortformer":  # whose later layers need the positions of the first
-        return position_losses(model, examples, hooks) - clean.losses
-    return position_losses(model, examples, hooks, clean.resid_pre[layer], layer) - clean.losses
+    return position_losses(model, examples, hooks, clean.resid[layer], layer) - clean.losses
 
 
 def _head_input(model: HookedTransformer, head: Head, letter: Input, resid: Tensor) -> Tensor:
