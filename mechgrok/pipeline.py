@@ -7,6 +7,7 @@ on where it stopped and ends in the same bits. Analyses take the `Study` from he
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from mechgrok.model import with_drawn_targets
 from mechgrok.outside.find import open_source
 from mechgrok.outside.sources import check_fits
 from mechgrok.plan import check_data, component_names, curve_of, plan_units, sampled_examples
-from mechgrok.schedule import check_scheduler
+from mechgrok.schedule import alongside, check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, stage_points
 from mechgrok.store import RunDirectory, calibration_record
 from mechgrok.tasks import make_split
-from mechgrok.train import check_device, import_trajectory, load_trajectory, train
+from mechgrok.train import check_device, import_trajectory, load_trajectory, planned_steps, train
 from mechgrok.types import LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
@@ -64,7 +65,8 @@ def run(
     split, names = _checked(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():
-        trajectory = train(directory, split, lambda done, total: progress("training", done, total))
+        with alongside(references(directory, split), n_workers or cpu_count()):
+            trajectory = train(directory, split, lambda done, total: progress("training", done, total))
         split = with_reference(directory, split, train)
         curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
         stages = find_stages(curve, config)
@@ -210,16 +212,37 @@ def with_reference(directory: RunDirectory, split: Split, make: Callable[[RunDir
 
     make: `train` or `load_trajectory`; the reference is a run of its own, inside the run directory.
     """
+    config, own = directory.config, _reference(directory)
+    if own is None:
+        return split
+    trained = make(own, split)
+    model = trained.model_at(trained.steps[-1])
+    rng = seeds.stream(config.seed, REFERENCE, "targets")
+    drawn = with_drawn_targets(model, sampled_examples(config, split), rng)
+    return replace(split, distributions={**split.distributions, REFERENCE: drawn})
+
+
+def references(directory: RunDirectory, split: Split) -> list[Callable[[], None]]:
+    """What trains the reference model, to be called by another process, if that is to be done and there are cores."""
+    own, how = _reference(directory), directory.config.train
+    if own is None or isinstance(how, ImportedConfig):
+        return []
+    if all(own.has_checkpoint(step) for step in planned_steps(own.config.train)):
+        return []
+    free = how.device == "cpu" and cpu_count() >= 2 * how.n_threads
+    return [partial(_train, own, split)] if free else []
+
+
+def _train(own: RunDirectory, split: Split) -> None:
+    train(own, split)
+
+
+def _reference(directory: RunDirectory) -> RunDirectory | None:
     config = directory.config
     for refinement in config.llc.refinements:
         if refinement.reference_layers is not None:
-            own = RunDirectory.create(directory.path / REFERENCE, config.as_reference(refinement.reference_layers))
-            trained = make(own, split)
-            model = trained.model_at(trained.steps[-1])
-            rng = seeds.stream(config.seed, REFERENCE, "targets")
-            drawn = with_drawn_targets(model, sampled_examples(config, split), rng)
-            return replace(split, distributions={**split.distributions, REFERENCE: drawn})
-    return split
+            return RunDirectory.create(directory.path / REFERENCE, config.as_reference(refinement.reference_layers))
+    return None
 
 
 def _checked(config: RunConfig) -> tuple[Split, tuple[str, ...]]:

@@ -4,6 +4,7 @@ import asyncio
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -43,6 +44,24 @@ def each_result(
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
         yield from work(delayed(function)(item) for item in items)
+
+
+@contextmanager
+def alongside(functions: Sequence[Callable[[], None]], n_workers: int) -> Iterator[None]:
+    """Have other processes of this machine call these while the block runs, and wait for them at its end.
+
+    With one worker none is called: who needs what they leave behind makes it then. Raises whatever they raise.
+    """
+    if not functions or n_workers == 1:
+        yield
+        return
+    from joblib import Parallel, delayed
+
+    work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
+    calls = work(delayed(function)() for function in functions)  # they begin here
+    yield
+    for _ in calls:
+        pass
 
 
 def check_scheduler(address: str) -> None:
