@@ -105,8 +105,8 @@ def test_the_baseline_is_the_loss_on_all_data_whatever_the_chains() -> None:
     for changes in ({"n_chains": 2}, {"n_chains": 5}, {"n_draws": 30}, {"batch_size": 3}, {"batch_size": None}):
         config = CONFIG.model_copy(update=changes)
         estimate = mg.estimate_llc(model, SPLIT.train, config=config, seed=0)
-        assert estimate.init_loss == pytest.approx(loss, rel=1e-12)
-        assert estimate.llc == pytest.approx(config.nbeta * (estimate.losses.mean() - loss))
+        assert estimate.init_loss == pytest.approx(loss, rel=1e-6)  # in float32, and not by TransformerLens
+        assert estimate.llc == pytest.approx(config.nbeta * (estimate.losses.mean() - estimate.init_loss), rel=1e-12)
         assert estimate.losses.shape == (config.n_chains, config.n_draws)
 
 

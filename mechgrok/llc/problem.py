@@ -139,7 +139,7 @@ def _hooked(
 
     from mechgrok.canonical import canonicalize
     from mechgrok.components import component as named
-    from mechgrok.model import blocks, chance_loss, model_losses
+    from mechgrok.model import chance_loss, model_losses
 
     if not isinstance(model, HookedTransformer):
         raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
@@ -157,11 +157,24 @@ def _hooked(
     model = _as_asked(model, precision, device)
     if device != "cpu":
         examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
-    with torch.no_grad():
-        init_losses = torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu()
     potential = _potential(model, examples, components, memory, precision)
+    init_losses = _init_losses(model, examples, memory)
     chance = chance_loss(model) if chance is None else chance
     return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)
+
+
+def _init_losses(model: "HookedTransformer", examples: Examples, memory: float) -> Tensor:
+    """The losses at the model's own parameters, by what computes those of the draws if it can: Float64[example]."""
+    from mechgrok.components import component
+    from mechgrok.model import blocks, model_losses
+    from mechgrok.replicas.network import why_not
+    from mechgrok.replicas.whole import NetworkPotential
+
+    if why_not(model) is None:
+        whole = NetworkPotential(model, examples, component(model, "model"), memory)
+        return whole.losses(whole.anchor[None], torch.arange(len(examples), device=whole.anchor.device)[None])[0].cpu()
+    with torch.no_grad():
+        return torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu()
 
 
 def _as_asked(model: "HookedTransformer", precision: Precision, device: str) -> "HookedTransformer":

@@ -102,7 +102,7 @@ _any_terms = _product_by(into_times)
 def product(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
     """out[r, l] (+)= sum over t of a[r, t] x[t, l], any number of rows, terms and lanes.
 
-    The arrays are flat, and where each begins and its strides are given, as `lanes.tile` takes them.
+    The arrays are flat, and where each begins and its strides are given, as `tiles.tile` takes them.
     """
     if a_term == 1 and (n_terms == FEW_TERMS or n_terms == 2 * FEW_TERMS):
         _few_terms(out, to, out_row, add, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
