@@ -13,6 +13,7 @@ from mechgrok.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from distributed import Client
+    from joblib import Parallel
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,13 +38,19 @@ def each_result(
     if scheduler is not None:
         yield from _on_cluster(function, items, scheduler)
         return
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
     with warnings.catch_warnings():
         # joblib takes a worker that has grown by 300 MB for a leak, and replaces it between two units: nothing is lost.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
-        yield from work(delayed(function)(item) for item in items)
+        yield from _processes(n_workers)(delayed(function)(item) for item in items)
+
+
+def _processes(n: int) -> "Parallel":
+    """What calls functions in so many processes, one call after the other, and gives back what ends first."""
+    from joblib import Parallel
+
+    return Parallel(n_jobs=n, return_as="generator_unordered", batch_size=1)
 
 
 @contextmanager
@@ -55,10 +62,9 @@ def alongside(functions: Sequence[Callable[[], None]], n_workers: int) -> Iterat
     if not functions or n_workers == 1:
         yield
         return
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
-    work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
-    calls = work(delayed(function)() for function in functions)  # they begin here
+    calls = _processes(n_workers)(delayed(function)() for function in functions)  # they begin here
     yield
     for _ in calls:
         pass

@@ -23,7 +23,7 @@ from mechgrok.model import model_losses
 from mechgrok.replicas import blockwise
 from mechgrok.replicas.cross_entropy import cross_entropy
 from mechgrok.replicas.heads import LayerHeads
-from mechgrok.replicas.network import why_not
+from mechgrok.replicas.network import Network, why_not
 from mechgrok.replicas.whole import NetworkPotential
 from mechgrok.reproducible import matmul_precision
 from mechgrok.sampling.potential import ModulePotential, Potential
@@ -277,6 +277,23 @@ def test_frozen_targets_are_shared_by_the_members_of_a_chain() -> None:
     torch.testing.assert_close(losses[:N_CHAINS], losses[N_CHAINS:], rtol=1e-5, atol=1e-5)
     expected = model_losses(model, *examples(model).tensors).detach()[index]
     torch.testing.assert_close(losses[:N_CHAINS], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_where_nearly_all_positions_are_scored_the_others_are_computed_and_do_not_count(
+    n_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(n_layers=n_layers)
+    data, index = examples(model, "some"), batches()
+    assert len(Network(model, data).scored) < N_POS
+    monkeypatch.setattr("mechgrok.replicas.network.NEARLY_ALL", 0.5)
+    assert len(Network(model, data).scored) == N_POS
+    for fast, name in (
+        *((LayerHeads(model, data, layer, [1], PLENTY), f"L{layer}H1") for layer in range(n_layers)),
+        (NetworkPotential(model, data, component(model, "model"), PLENTY), "model"),
+    ):
+        plain = exactly(model, data, component(model, name))
+        assert_same(fast, plain, moved(fast.anchor), slice(None), index)
 
 
 def test_losses_do_not_depend_on_unscored_targets() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numba import config, njit
 
@@ -18,6 +19,11 @@ numba_settings: Any = config
 def serves(like: torch.Tensor) -> bool:
     """Whether loops take such numbers."""
     return like.dtype == torch.float32 and like.device.type == "cpu"
+
+
+def flat(*each: torch.Tensor) -> list[np.ndarray]:
+    """All numbers of each: in place if they lie one after another, as what is written to must, else of a copy."""
+    return [one.detach().contiguous().view(-1).numpy() for one in each]
 
 
 def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:

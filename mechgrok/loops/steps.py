@@ -3,13 +3,12 @@
 Torch's operations would carry all parameters of all replicas to memory and back five to nine times.
 """
 
-import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
 from mechgrok.config import LLCConfig
-from mechgrok.loops.kept import OPTIONS, keeper
+from mechgrok.loops.kept import OPTIONS, flat, keeper
 from mechgrok.loops.lanes import WIDTH, load, minus, number, plus, spread, store, times
 
 kept = keeper()
@@ -20,7 +19,7 @@ def sgld(theta: Tensor, grad: Tensor, anchor: Tensor, noise: Tensor, config: LLC
     """`kernels.sgld` with the force nbeta grad + localization (theta - anchor); all are Float[replica, param]."""
     moved, by = torch.empty_like(theta), 0.5 * config.step_size
     factors = (by * config.nbeta, by * config.localization, config.step_size**0.5)
-    _sgld(*_flat(theta, grad, anchor, noise), *map(number, factors), *_flat(moved))
+    _sgld(*flat(theta, grad, anchor, noise), *map(number, factors), *flat(moved))
     return moved
 
 
@@ -31,13 +30,8 @@ def baoab(
     moved, changed, h = torch.empty_like(theta), torch.empty_like(velocity), config.step_size**0.5
     wide = (1 - config.momentum**2) ** 0.5
     factors = (h * config.nbeta, h * config.localization, 0.5 * h, config.momentum, wide)
-    _baoab(*_flat(theta, velocity, grad, anchor, noise), *map(number, factors), *_flat(moved, changed))
+    _baoab(*flat(theta, velocity, grad, anchor, noise), *map(number, factors), *flat(moved, changed))
     return moved, changed
-
-
-def _flat(*each: Tensor) -> list[np.ndarray]:
-    """All numbers of each, in place if they lie one after another, as those of what was made empty do."""
-    return [one.detach().contiguous().view(-1).numpy() for one in each]
 
 
 @kept

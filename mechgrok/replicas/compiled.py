@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import Precision
-from mechgrok.loops.kept import serves
+from mechgrok.loops.kept import flat, serves
 from mechgrok.loops.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
 from mechgrok.replicas import passes
 from mechgrok.replicas.cross_entropy import nats_of
@@ -232,9 +232,8 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
         net.scored, *keys, still.flat, own.flat, x, job.resid, z, job.targets, job.weights,
         space, others, away, gradients,
     )  # fmt: skip
-    arrays = [part.detach().contiguous().view(-1).numpy() for part in tensors]
     with without_denormals():
-        passes.run(record[()], layers, *arrays, dresid.view(-1).numpy())
+        passes.run(record[()], layers, *flat(*tensors), dresid.view(-1).numpy())
     parts = gradients.split(sizes) if sizes else ()
     each = [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)]
     return nats_of(others, away), [dresid if wanted[0] else None, *each]

@@ -5,7 +5,7 @@ import numpy as np
 from mechgrok.loops.lanes import WIDTH, added, load, minus, number, plus, spread, store, times
 from mechgrok.replicas.products import ONE, ZERO, loop, row_plus
 
-TOGETHER = 32
+TOGETHER = 32  # rows that go through each step before the next one
 
 # x -> (x - mean x if centred) / sqrt(mean square + eps) if scaled; neither: x itself.
 NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_)], align=True)
@@ -14,7 +14,7 @@ NORM = np.dtype([("eps", np.float32), ("centred", np.bool_), ("scaled", np.bool_
 @loop
 def normalize(norm, x, at, n_rows, n, hat, to, inverse):
     """hat, from `to` on: the normalized rows of x; after them, from `inverse` on, 1 / root mean square of each."""
-    for begin in range(0, n_rows, TOGETHER):  # rows go through each step together: they do not wait for sums
+    for begin in range(0, n_rows, TOGETHER):  # so that no row waits for its sums
         group = range(begin, min(begin + TOGETHER, n_rows))
         for row in group:
             total = spread(ZERO)
