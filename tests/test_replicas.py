@@ -296,6 +296,30 @@ def test_where_nearly_all_positions_are_scored_the_others_are_computed_and_do_no
         assert_same(fast, plain, moved(fast.anchor), slice(None), index)
 
 
+@pytest.mark.parametrize("positions", ["standard", "shortformer"])
+@pytest.mark.parametrize("scored", ["all", "last", "some"])
+@pytest.mark.parametrize(
+    "shape", [{"n_layers": 1, "d_mlp": 7, "normalization_type": None}, {"n_layers": 2}, {"normalization_type": "RMS"}]
+)
+@pytest.mark.parametrize("name", ["model", "embed"])
+def test_rows_that_begin_alike_are_read_once(
+    positions: str, scored: str, shape: dict, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(positional_embedding_type=positions, **shape)
+    data, of, index = examples(model, scored), component(model, name), batches()
+    fast = NetworkPotential(model, data, of, PLENTY)
+    theta, plain = moved(fast.anchor), exactly(model, data, of)
+    seen = []
+    embedded = fast._embedded
+    monkeypatch.setattr(fast, "_embedded", lambda *given: seen.append(embedded(*given)) or seen[-1])
+    for most, told_apart in ((1.0, True), (0.0, False)):
+        monkeypatch.setattr("mechgrok.replicas.whole.ALIKE", most)
+        assert_same(fast, plain, theta, slice(None), index)
+        resid, which = seen[-1]
+        assert (which is not None) == told_apart
+        assert (resid.shape[1] < index.shape[1] * N_POS) == told_apart
+
+
 def test_losses_do_not_depend_on_unscored_targets() -> None:
     model = build()
     data = examples(model, "some")

@@ -133,6 +133,7 @@ class Passes:
         n_replicas: int,
         targets: Tensor,
         weights: Tensor,
+        which: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(nats, total) as `cross_entropy` returns them, of every replica at the end of these layers.
 
@@ -140,8 +141,10 @@ class Passes:
             resid: Float[chain or replica, row, d_model] before the first layer; with `heads` after its attention, at
                 the positions that are read afterwards.
             targets, weights: [chain, row], at the scored positions.
+            which: where rows begin alike, those of resid are the distinct ones, Float[replica, distinct row, d_model],
+                and this says as which each row begins, Int[chain, row]; there is one replica in each chain.
         """
-        job = _Job(self, tuple(layers), readout, resid, heads, n_replicas, targets, weights)
+        job = _Job(self, tuple(layers), readout, resid, heads, n_replicas, targets, weights, which)
         moving = [part for linear in job.linears() if linear.moves for part in (linear.weight, linear.bias)]
         return _Run.apply(job, resid, *moving)
 
@@ -170,6 +173,7 @@ class _Job:
     n_replicas: int
     targets: Tensor
     weights: Tensor
+    which: Tensor | None
 
     def linears(self) -> list[Linear]:
         """Each that is there, once."""
@@ -215,7 +219,7 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     begins = iter(at if size else -1 for at, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
     for linear in moves:
         own.places[id(linear)].update(dweight=next(begins), dbias=next(begins))
-    gradients = torch.zeros(sum(sizes))
+    gradients = torch.empty(sum(sizes))
     dresid = torch.empty((n_replicas, *job.resid.shape[1:]) if wanted[0] else 0)
     room = _Room(_at_once(net.n_pos), net)
     spare = room.put(pairs_of(room.rows) * max(sum(linear.weight.shape[1:]) for linear in linears) if half else 0)
@@ -228,8 +232,9 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     others, away = torch.empty(found), torch.empty(found)
     x, z = (torch.empty(0),) * 2 if heads is None else (heads.normalized, heads.z)
     keys = (net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1))
+    which = torch.empty(0, dtype=torch.int64) if job.which is None else job.which
     tensors = (
-        net.scored, *keys, still.flat, own.flat, x, job.resid, z, job.targets, job.weights,
+        net.scored, net.every, *keys, still.flat, own.flat, x, job.resid, which, z, job.targets, job.weights,
         space, others, away, gradients,
     )  # fmt: skip
     with without_denormals():
@@ -304,6 +309,13 @@ def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
     }  # fmt: skip
     for name, value in given.items():
         record[name] = value
+    if job.which is not None:
+        record["beginnings"]["n"] = n = job.resid.shape[1]
+        n_read = job.layers[0].rest.weight.shape[2]
+        room.fill(
+            record["beginnings"], hat=n * cfg.d_model, inverse=n, read=n * n_read, dread=n * n_read,
+            dhat=n * cfg.d_model, dresid=n * cfg.d_model,
+        )  # fmt: skip
     widest = max(n_classes, 3 * width, cfg.d_mlp or 0)
     room.fill(
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,

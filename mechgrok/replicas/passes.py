@@ -8,8 +8,9 @@ All arrays are flat; `LAYER` and `PASS` are records that say where in them the n
 import numpy as np
 
 from mechgrok.loops.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
+from mechgrok.replicas.beginnings import BEGINNINGS, begin, end_beginnings, hand_back, read_beginnings
 from mechgrok.replicas.fused import attention, attention_backward, kept
-from mechgrok.replicas.linear import MATRIX, bias_of, linear, linear_back, linear_gradient, weigh
+from mechgrok.replicas.linear import MATRIX, bias_of, clear_gradient, linear, linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
 from mechgrok.replicas.products import ZERO, copy, loop
@@ -37,6 +38,7 @@ LAYER = np.dtype(
 PASS = np.dtype(
     [
         ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("own_read", MATRIX), ("before_read", MATRIX),
+        ("beginnings", BEGINNINGS),
         *(
             (name, np.int64)
             for name in (
@@ -182,20 +184,20 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
 
 @loop
 def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared, own, room):
-    """The residual stream in the room, before layer i -> after it."""
-    layer, own_z = layers[i], layers[0].z
+    """The residual stream in the room, before layer i -> after it; where rows begin alike, the first one's is read."""
+    layer, own_z, begun = layers[i], layers[0].z, i == 0 and p.beginnings.n > 0
     n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
     if p.low == NEXT and i == 1:
         _low_read(
             p, layer.norm, layer.rest, replica, n_all, z, mine, own_z, layer.hat, layer.inverse, shared, own, room,
             layer.rest_at,
         )  # fmt: skip
-    else:
+    elif not begun:
         if i > 0 or not p.given:
             normalize(layer.norm, room, p.resid, n_all, p.d_model, room, layer.hat, layer.inverse)
         _read(p, layer, replica, n_examples, scored, shared, own, room)
     _attend(p, layer, n_examples, n_keys, room)
-    if layer.some and (i > 0 or not p.given):
+    if layer.some and not begun and (i > 0 or not p.given):
         _rows_at(room, p.resid, n_examples, p.n_pos, scored, p.d_model, room, p.resid)
     linear(layer.out, replica, shared, own, room, layer.z, n_rows, room, p.resid, True)
     if layer.mlp_in.n_in == 0:
@@ -248,6 +250,8 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
             own, room, gradients,
         )  # fmt: skip
         return
+    if i == 0 and p.beginnings.n > 0:
+        return
     _read_gradient(p, layer, replica, n_examples, scored, room, gradients)
     if i == 0 and not p.back_to_start:
         return
@@ -260,29 +264,46 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
     normalize_back(layer.norm, room, p.narrow, n_all, p.d_model, room, layer.hat, layer.inverse, room, p.resid)
 
 
+@loop
+def _clear(p, layers, replica, gradients):
+    """No gradient of the replica's weights yet."""
+    for i in range(len(layers)):
+        clear_gradient(layers[i].q, replica, gradients)
+        clear_gradient(layers[i].rest, replica, gradients)
+        clear_gradient(layers[i].out, replica, gradients)
+        clear_gradient(layers[i].mlp_in, replica, gradients)
+        clear_gradient(layers[i].mlp_out, replica, gradients)
+    clear_gradient(p.own_read, replica, gradients)
+    clear_gradient(p.readout, replica, gradients)
+
+
 @kept
 def run(
-    p, layers, scored, keys, some_keys, shared, own, x, resid, z, targets, weights,
+    p, layers, scored, every, keys, some_keys, shared, own, x, resid, which, z, targets, weights,
     room, others, away, gradients, dresid,
 ):  # fmt: skip
     """The loss of every replica on its chain's examples, through all layers, and its gradients.
 
     Args:
-        p, layers: records of PASS and LAYER. scored: the positions that the last layer goes on with.
+        p, layers: records of PASS and LAYER. scored: the positions that the last layer goes on with. every: all.
         keys, some_keys: how many keys each position, and each scored one, sees.
         shared, own: packed weights. x: where p.given, what the first layer reads, Float[chain, row, d_model].
         resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
             after its attention, to which z, Float[replica, row, d_head], times p.before is added.
+        which: where p.beginnings.n > 0, the row of resid that each row begins as, Int[chain, row], a replica a chain.
         targets, weights: [chain, row]. room: for everything between.
         others, away: [replica, row], as `loss` tells them.
-        gradients: zeros, where those of weights are added. dresid: [replica, row, d_model], where p.back_to_start.
+        gradients: of weights. dresid: [replica, row, d_model], where p.back_to_start.
     """
     d, n_layers = p.d_model, len(layers)
     first_rows = p.n_scored if n_layers == 0 or (p.given and layers[0].some) else p.n_pos
     n_resid, n_scored = p.n_examples * first_rows * d, p.n_examples * p.n_scored
     each = len(resid) > p.n_chains * n_resid
-    own_z = layers[0].z if p.given else 0
+    own_z, begun = layers[0].z if p.given else 0, p.beginnings.n > 0
+    queries = scored if begun and layers[0].some else every
     for chain in range(p.n_chains):
+        if begun:
+            read_beginnings(p, layers[0], chain, shared, own, resid, room)
         for first in range(0, p.n_examples, p.at_once):
             n = min(p.at_once, p.n_examples - first)
             n_first, n_rows, start = n * first_rows, n * p.n_scored, chain * n_resid + first * first_rows * d
@@ -295,8 +316,13 @@ def run(
             if p.given:
                 copy(x, (chain * p.n_examples + first) * p.n_pos * d, n * p.n_pos * d, room, layers[0].hat)
             for replica in range(chain, p.n_replicas, p.n_chains):
-                copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
-                mine = 0
+                if p.backward and first == 0:
+                    _clear(p, layers, replica, gradients)
+                mine, here = 0, (chain * p.n_examples + first) * p.n_pos
+                if begun:
+                    begin(p, layers[0], replica, n, queries, which, here, shared, own, resid, room)
+                else:
+                    copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
                 if p.given:
                     mine = (replica * p.n_examples + first) * first_rows * layers[0].d_head
                     linear(p.before, replica // p.n_chains, shared, own, z, mine, n_first, room, p.resid, True)
@@ -313,6 +339,10 @@ def run(
                 for i in range(n_layers - 1, -1, -1):
                     seen = some_keys if layers[i].some else keys
                     _backward(p, layers, i, replica, n, scored, seen, shared, own, room, gradients)
-                if p.back_to_start:
+                if begun:
+                    hand_back(p, layers[0], replica, n, queries, which, here, shared, own, room, gradients)
+                elif p.back_to_start:
                     back = (replica * p.n_examples + first) * first_rows * d
                     copy(room, p.resid, n_first * d, dresid, back)
+        if begun and p.backward:
+            end_beginnings(p, layers[0], chain, shared, own, room, gradients, dresid)

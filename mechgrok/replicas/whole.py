@@ -1,7 +1,7 @@
 """Any component of a HookedTransformer: from the first layer that it touches on, in one batch."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,12 @@ from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.cross_entropy import cross_entropy
+from mechgrok.replicas.network import Parameters
 from mechgrok.replicas.packing import Linear
 from mechgrok.sampling.potential import extract, inserter
 from mechgrok.types import Component, Examples
+
+ALIKE = 0.5  # of the rows of a batch at most so many distinct ones, and each is read once
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class NetworkPotential(Blockwise):
         own = {name: value.detach() for name, value in model.named_parameters()}
         self.anchor = extract(component, own)
         self._moved = tuple(component.masks)
-        self._insert = torch.vmap(inserter(component, {name: own[name] for name in self._moved}))
+        self._insert = _inserter(component, {name: own[name] for name in self._moved})
         self._first = _first_layer(self._moved, model.cfg.n_layers)
         self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
@@ -76,9 +79,9 @@ class NetworkPotential(Blockwise):
 
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         net = self._net
-        parameters = {**net.frozen, **self._insert(theta)}
+        parameters, which = {**net.frozen, **self._insert(theta)}, None
         if self._first is None:
-            resid = net.embed(self._tokens[index], parameters)
+            resid, which = self._embedded(theta, index, parameters)
         elif self._kept is None:
             resid = self._run(index)
         else:
@@ -88,10 +91,19 @@ class NetworkPotential(Blockwise):
             still = self._compiled
             each = [still.layers[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
             readout = still.readout or compiled.readout_of(net, parameters, True)
-            return still.passes(each, readout, resid, None, len(theta), targets, weights)
+            return still.passes(each, readout, resid, None, len(theta), targets, weights, which)
         for layer in layers:
             resid = net.layer(layer, resid, parameters)
         return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
+
+    def _embedded(self, theta: Tensor, index: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before the first layer; where enough rows begin alike, the distinct ones and which."""
+        net, tokens = self._net, self._tokens[index]
+        if self._compiled is not None and net.cfg.n_layers and len(theta) == len(index):
+            whats, which = net.distinct(tokens)
+            if whats.shape[1] <= ALIKE * which.shape[1]:
+                return net.embed_distinct(whats, parameters), which
+        return net.embed(tokens, parameters), None
 
     @torch.no_grad()
     def _run(self, index: Tensor) -> Tensor:
@@ -103,6 +115,19 @@ class NetworkPotential(Blockwise):
                 resid = self._net.layer(layer, resid, self._net.frozen)
             found.append(resid)
         return torch.cat(found, dim=1)
+
+
+def _inserter(component: Component, own: Parameters) -> Callable[[Tensor], Parameters]:
+    """From Float[replica, param] to Float[replica, ...] by name: views, where the component has all of each tensor."""
+    if any(mask is not None for mask in component.masks.values()):
+        return torch.vmap(inserter(component, own))
+    sizes = [own[name].numel() for name in component.masks]
+
+    def insert(theta: Tensor) -> Parameters:
+        parts = zip(component.masks, theta.split(sizes, dim=1), strict=True)
+        return {name: part.unflatten(1, own[name].shape) for name, part in parts}
+
+    return insert
 
 
 def _first_layer(names: Iterable[str], n_layers: int) -> int | None:
