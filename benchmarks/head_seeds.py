@@ -3,7 +3,7 @@
     python -m benchmarks.head_seeds [--write docs/heads-seeds.md]
 
 A seed sets language, rows, weights and batches. Runs lie in runs/, and what is there already is not done again: about
-24 minutes a seed on two cores, and 6 a control. A claim is made of the preset only if it holds for every seed.
+14 minutes a seed on two cores, and 4 a control. A claim is made of the preset only if it holds for every seed.
 The control is the same training on a language in which segments hardly ever repeat. It has no induction, so its LLC is
 read over the same steps, those between which induction forms in the seed's main run. "Holds by chance" is how probable
 it is that a claim that no stage enters holds for a seed where nothing is to be found.

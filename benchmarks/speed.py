@@ -83,7 +83,7 @@ SHAPES = {
     ),
     "paper": Shape(
         "2 layers, attention only, d_model 256, 8 heads, vocabulary 5000, context 128, batch 32",
-        language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 8, 60, n_times=1,
+        language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 8, 40, n_times=2,
     ),
 }  # fmt: skip
 ENGINES = ("mechgrok", "mechgrok, baoab", "mechgrok, bfloat16", "plain path", "canonical-interp", "devinterp")
@@ -95,14 +95,14 @@ def targets(model: HookedTransformer) -> list[str]:
 
 
 def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str, engine: str) -> dict[str, float]:
-    """One row: few draws, to know what does not grow with them, and many, after a first time, which may compile."""
+    """One row: few draws, to know what does not grow with them, and many, in turns, after a first time."""
     few, first = 8, target if target == "model" else f"L{target[-1]}H0"
     names = heads_of(model, target) if engine.startswith("mechgrok") else (first,)
 
-    def settings(n_draws: int) -> mg.LLCConfig:
+    def settings(n_draws: int, n_burnin: int = N_BURNIN) -> mg.LLCConfig:
         baoab = {"sampler": "baoab", "momentum": 0.0 if target == "model" else 0.8} if "baoab" in engine else {}
         return mg.LLCConfig(
-            **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=N_BURNIN,  # type: ignore[arg-type]
+            **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
             precision="bfloat16" if "bfloat16" in engine else "float32", **baoab,
         )  # fmt: skip
@@ -110,7 +110,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
     def seconds(n_draws: int) -> float:
         start = time.process_time()
         with reproducible(1):
-            _estimates(model, data, names, engine, settings(n_draws))
+            _estimates(model, data, names, engine, settings(n_draws, n_burnin=0))
         return time.process_time() - start
 
     if engine == "canonical-interp":
@@ -118,9 +118,9 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
         draws, per_step = canonical_draws(problem, data, config)
         (estimate,), per_draw = estimates_of(problem, config, draws, seed=0), per_step / 4
     else:
-        if shape.n_times > 1:
-            seconds(few)
-        least = [min(seconds(n_draws) for _ in range(shape.n_times)) for n_draws in (few, few + shape.n_draws)]
+        seconds(few)
+        times = [(seconds(few), seconds(few + shape.n_draws)) for _ in range(shape.n_times)]
+        least = [min(each) for each in zip(*times, strict=True)]
         per_draw = (least[1] - least[0]) / (4 * shape.n_draws * len(names))
         with reproducible(1):
             (estimate,) = _estimates(model, data, (first,), engine, settings(shape.n_long))
