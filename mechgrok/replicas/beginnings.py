@@ -7,10 +7,10 @@ positions are queried) once for a replica, and its gradient comes back once.
 
 import numpy as np
 
-from mechgrok.loops.lanes import WIDTH, load, plus, spread, store
+from mechgrok.loops.lanes import WIDTH, load, plus, store
 from mechgrok.replicas.linear import bias_of, linear, linear_back, linear_gradient, weigh, weight_gradient_some
 from mechgrok.replicas.norms import normalize, normalize_back
-from mechgrok.replicas.products import ZERO, copy, loop, row_plus
+from mechgrok.replicas.products import ZERO, clear, copy, loop, row_plus
 
 # n: how many distinct rows a chain has, 0 where rows are not told apart. Where in the room is what they are, normalized
 # and read, and what comes back of each.
@@ -27,12 +27,9 @@ def read_beginnings(p, layer, replica, shared, own, resid, room):
     for first in range(0, b.n, at_once):
         n, rows = min(at_once, b.n - first), b.hat + first * d
         weigh(layer.rest, replica, shared, own, room, rows, n, room, b.read + first * n_out, False)
-    nothing = spread(ZERO)
-    for c in range(0, b.n * n_out, WIDTH):
-        store(room, b.dread + c, min(WIDTH, b.n * n_out - c), nothing)
-    for c in range(0, b.n * d, WIDTH):
-        store(room, b.dhat + c, min(WIDTH, b.n * d - c), nothing)
-        store(room, b.dresid + c, min(WIDTH, b.n * d - c), nothing)
+    clear(room, b.dread, b.n * n_out)
+    clear(room, b.dhat, b.n * d)
+    clear(room, b.dresid, b.n * d)
 
 
 @loop

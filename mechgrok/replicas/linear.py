@@ -6,8 +6,8 @@ All arrays are flat. A record, `MATRIX`, says where in them a map's numbers are 
 import numpy as np
 from numba.extending import register_jitable
 
-from mechgrok.loops.lanes import WIDTH, halves, load, pairs, spread, store
-from mechgrok.replicas.products import ZERO, loop, padded, product, product_of_pairs, row_plus
+from mechgrok.loops.lanes import WIDTH, halves, load, pairs, store
+from mechgrok.replicas.products import ZERO, clear, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
 # n_bias of them, used in turn; all in the array `own` if it moves, otherwise in `shared`. each: one after another for
@@ -136,13 +136,11 @@ def weight_gradient_some(m, first, n, replica, x, at, dout, of, n_rows, gradient
 @loop
 def clear_gradient(m, replica, gradients):
     """Zeros where the gradients of the replica's W and b are added, while they are about to be."""
-    n_weight, n_bias, nothing = m.n_in * m.n_out, m.n_bias * m.n_out, spread(ZERO)
+    n_weight, n_bias = m.n_in * m.n_out, m.n_bias * m.n_out
     if m.dweight >= 0:
-        for c in range(0, n_weight, WIDTH):
-            store(gradients, m.dweight + replica * n_weight + c, min(WIDTH, n_weight - c), nothing)
+        clear(gradients, m.dweight + replica * n_weight, n_weight)
     if m.dbias >= 0:
-        for c in range(0, n_bias, WIDTH):
-            store(gradients, m.dbias + replica * n_bias + c, min(WIDTH, n_bias - c), nothing)
+        clear(gradients, m.dbias + replica * n_bias, n_bias)
 
 
 @loop

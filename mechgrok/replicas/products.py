@@ -6,7 +6,7 @@ from typing import Any
 from numba.extending import overload, register_jitable
 
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, into_dots, load, number, plus, store
+from mechgrok.loops.lanes import WIDTH, into_dots, load, number, plus, spread, store
 from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
 
 ZERO, ONE = number(0), number(1)
@@ -133,3 +133,11 @@ def row_plus(x, at, add, out, to, n):
 def copy(x, at, n, out, to):
     """out = x, n numbers."""
     row_plus(x, at, False, out, to, n)
+
+
+@loop
+def clear(out, to, n):
+    """out = 0, n numbers."""
+    nothing = spread(ZERO)
+    for c in range(0, n, WIDTH):
+        store(out, to + c, min(WIDTH, n - c), nothing)
