@@ -7,10 +7,9 @@ positions are queried) once for a replica, and its gradient comes back once.
 
 import numpy as np
 
-from mechgrok.loops.lanes import WIDTH, load, plus, store
 from mechgrok.replicas.linear import bias_of, linear, linear_back, linear_gradient, weigh, weight_gradient_some
 from mechgrok.replicas.norms import normalize, normalize_back
-from mechgrok.replicas.products import ZERO, clear, copy, loop, row_plus
+from mechgrok.replicas.products import clear, copy, loop, row_plus
 
 # n: how many distinct rows a chain has, 0 where rows are not told apart. Where in the room is what they are, normalized
 # and read, and what comes back of each.
@@ -27,9 +26,10 @@ def read_beginnings(p, layer, replica, shared, own, resid, room):
     for first in range(0, b.n, at_once):
         n, rows = min(at_once, b.n - first), b.hat + first * d
         weigh(layer.rest, replica, shared, own, room, rows, n, room, b.read + first * n_out, False)
-    clear(room, b.dread, b.n * n_out)
-    clear(room, b.dhat, b.n * d)
-    clear(room, b.dresid, b.n * d)
+    if p.backward:
+        clear(room, b.dread, b.n * n_out)
+        clear(room, b.dhat, b.n * d)
+        clear(room, b.dresid, b.n * d)
 
 
 @loop
@@ -56,11 +56,9 @@ def begin(p, layer, replica, n_examples, queries, which, at, shared, own, resid,
     b, m = p.beginnings, layer.rest
     biases, start = bias_of(m, replica, shared, own)
     for row in range(n_examples * p.n_pos):
-        read, to, bias = b.read + which[at + row] * m.n_out, layer.rest_at + row * m.n_out, row % m.n_bias * m.n_out
-        for c in range(0, m.n_out, WIDTH):
-            left = min(WIDTH, m.n_out - c)
-            y = load(room, read + c, left, ZERO)
-            store(room, to + c, left, plus(y, load(biases, start + bias + c, left, ZERO)))
+        to = layer.rest_at + row * m.n_out
+        row_plus(biases, start + row % m.n_bias * m.n_out, False, room, to, m.n_out)
+        row_plus(room, b.read + which[at + row] * m.n_out, True, room, to, m.n_out)
     _taken(p, n_examples, queries, which, at, resid, replica * b.n * p.d_model, room, p.resid)
     if layer.some:
         _taken(p, n_examples, queries, which, at, room, b.hat, room, p.narrow)

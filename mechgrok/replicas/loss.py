@@ -30,7 +30,7 @@ from mechgrok.loops.lanes import (
 from mechgrok.replicas.fused import IN_CACHE
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import LOWEST, ONE, ZERO, copy, loop, product
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, product
 
 FARTHEST = number(-60)  # a largest logit farther below that of all classes counts as so far: e^60 is still a float32
 
@@ -130,8 +130,7 @@ def loss(
             dscale = room[p.along + row] if p.final_norm.scaled else ZERO
             scale_back(dscale, room[p.scale + row], room, p.resid + row * d, d, False, room, p.resid + row * d)
         return
-    for c in range(n_rows * d):
-        room[p.resid + c] = ZERO
+    clear(room, p.resid, n_rows * d)
     normalize_back(p.final_norm, room, p.narrow, n_rows, d, room, p.hat, p.inverse, room, p.resid)
 
 

@@ -13,7 +13,7 @@ from mechgrok.replicas.fused import attention, attention_backward, kept
 from mechgrok.replicas.linear import MATRIX, bias_of, clear_gradient, linear, linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import ZERO, copy, loop
+from mechgrok.replicas.products import ZERO, clear, copy, loop
 
 AT_A_TIME = 16  # rows that stay in the first cache with what a layer reads of them
 # What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
@@ -68,7 +68,6 @@ def _rows_at(x, at, n_examples, n_pos, positions, n, out, to):
 @loop
 def _rows_back(x, at, n_examples, n_pos, positions, n):
     """Put the rows of x back to their positions in place, and 0 to all others."""
-    nothing = spread(ZERO)
     for example in range(n_examples - 1, -1, -1):
         i = len(positions) - 1
         for pos in range(n_pos - 1, -1, -1):
@@ -77,8 +76,7 @@ def _rows_back(x, at, n_examples, n_pos, positions, n):
                 copy(x, at + (example * len(positions) + i) * n, n, x, to)
                 i -= 1
             else:
-                for c in range(0, n, WIDTH):
-                    store(x, to + c, min(WIDTH, n - c), nothing)
+                clear(x, to, n)
 
 
 @loop
