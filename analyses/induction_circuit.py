@@ -25,11 +25,12 @@ from mechgrok.measures.circuits import (
     WeightedMean,
     head_name,
     induction_scores,
-    induction_search,
     joint_ablation,
     pair_name,
     pair_of,
     path_effect,
+    searched_circuits,
+    strongest_first,
 )
 from mechgrok.measures.head_types import DIRECT_NATS, probe
 from mechgrok.measures.path_ablation import INPUTS, Head, Input
@@ -49,8 +50,8 @@ K = INPUTS.index("k")
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The circuits of the final model, which of them are followed, and with which control pairs and heads."""
-    searched = induction_search(model, probe(split, _stream("search")), _stream("chance"))
-    found = sorted((of for of in searched if of.found), key=lambda of: -of.k_effect.value)
+    searched = searched_circuits(model, split)
+    found = strongest_first(searched)
     followed = [of.pair for of in found[:MAX_CIRCUITS]]
     senders, receivers = ({pair[place] for pair in followed} for place in (0, 1))
     controls = [

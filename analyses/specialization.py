@@ -22,6 +22,7 @@ from analyses.contract import Series, claim, end_of
 from mechgrok import plotting
 from mechgrok.components import head_layer
 from mechgrok.config import REFERENCE
+from mechgrok.measures.circuits import head_name, searched_circuits, strongest_first
 from mechgrok.measures.head_types import typed_heads
 from mechgrok.measures.refined import holm, ranks, specialization
 from mechgrok.model import evaluate
@@ -40,7 +41,9 @@ LATE = 0.8  # the share of training after which an estimate speaks for its end
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
-    """The heads in order, their types in the final model, and the induction head that matches prefixes most, if any."""
+    """The heads in order and their types in the final model; of its induction heads, of which there may be several or
+    none, the one that matches prefixes most, and the one to which the strongest circuit leads.
+    """
     evidence = typed_heads(model, split)
     induction = sorted(
         (head for head in evidence if head.type == "induction"), key=lambda head: head.scores[PREFIX_MATCHING]
@@ -49,6 +52,9 @@ def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
         "heads": [head.head for head in evidence],
         "types": [f"{head.head} {head.type}" for head in evidence],
         "induction head": [head.head for head in induction[-1:]],
+        "circuit's induction head": [
+            head_name(of.pair[1]) for of in strongest_first(searched_circuits(model, split))[:1]
+        ],
     }
 
 
@@ -70,8 +76,7 @@ def derive(
         "final_scaled" (the same on the other scale) and their "_error", and "rank": Float[distribution, head];
         "rank_probability": Float[distribution, head, rank]; "p_head", "p_head_scaled": [head]; "p_layer",
         "p_layer_scaled": [layer]; "final_drllc" of the whole model and its "_error": [distribution].
-        "induction_head": its index among the heads, or NaN; "same_layer", "its_kind": Bool[head], the heads of its
-        layer, and the induction heads among them.
+        "layer", "is_induction": [head]. "induction_head", "circuit_head": the index of either among the heads, or NaN.
     """
     heads = list(facts["heads"])
     refined = _no_reference(curve.refined)
@@ -98,8 +103,6 @@ def derive(
         for index in range(len(final)):
             placed, chances = ranks(final[index, mine], final_error[index, mine], rng)
             rank[index, mine], probability[index, mine, : len(mine)] = placed, chances
-    known = [heads.index(head) for head in facts["induction head"] if head in heads]
-    same = layers == layers[known[0]] if known else np.zeros(len(heads), dtype=bool)
     return {
         "distributions": np.array(list(refined), dtype=str),
         "refined_step": steps,
@@ -119,9 +122,10 @@ def derive(
         "rank_probability": probability,
         "final_drllc": finals[:, -1],
         "final_drllc_error": final_errors[:, -1],
-        "induction_head": np.array(known[0] if known else np.nan),
-        "same_layer": same,
-        "its_kind": same & _induction(facts["types"], heads),
+        "layer": layers,
+        "is_induction": _induction(facts["types"], heads),
+        "induction_head": _index(facts["induction head"], heads),
+        "circuit_head": _index(facts["circuit's induction head"], heads),
     }
 
 
@@ -134,6 +138,11 @@ def _induction(types: Sequence[str], heads: Sequence[str]) -> np.ndarray:
     """Which heads are induction heads: Bool[head]."""
     kind = dict(text.split(" ", 1) for text in types)
     return np.array([kind.get(head) == "induction" for head in heads])
+
+
+def _index(named: Sequence[str], heads: Sequence[str]) -> np.ndarray:
+    """Where the one that is named stands among the heads; NaN if none is."""
+    return np.array(heads.index(named[0]) if named else np.nan)
 
 
 def _aligned(
@@ -181,55 +190,69 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     if not {REPEATS, NGRAMS} <= set(curve.refined):
         return claims
     names, head = series["distributions"].tolist(), float(series["induction_head"])
+    kind = series["is_induction"] & _beside(series, head)
+    # Of heads that are all alike, each is first as often.
+    chance = kind.sum() / _beside(series, head).sum() if np.isfinite(head) else float("nan")
+    shifts = (series[name] / series[f"{name}_error"] for name in ("final_specialization", "final_scaled"))
+    standard_errors = np.minimum(*shifts)
 
-    first = series["rank_probability"][:, :, 0]
-
-    def induction(values: np.ndarray, distribution: str) -> float:
-        return float(values[names.index(distribution), int(head)]) if np.isfinite(head) else float("nan")
-
-    def some_induction(distribution: str) -> float:
-        kind = series["its_kind"]
-        return float(first[names.index(distribution), kind].sum()) if kind.any() else float("nan")
-
-    layer = series["same_layer"]
-    alone = 1 / layer.sum() if layer.any() else float("nan")  # of heads that are all alike, each is first as often
-    kind = series["its_kind"].sum() * alone
-
-    def standard_errors(name: str) -> float:
-        return induction(series[name] / series[f"{name}_error"], REPEATS)
+    def some(distribution: str) -> float:
+        first = series["rank_probability"][names.index(distribution), :, 0]
+        return float(first[kind].sum()) if kind.any() else float("nan")
 
     return [
         *claims,
-        claim(
-            f"the induction head's wdrLLC ranks first in its layer on {REPEATS} data at the end (rank)",
-            last, lambda s: induction(series["rank"], REPEATS), 1.0, "<=", alone,
-        ),
-        claim(
-            "it does so within the errors (probability of the first rank)",
-            last, lambda s: induction(first, REPEATS), 0.95, chance=alone,
-        ),
-        claim(
-            f"the induction head's wdrLLC does not rank first in its layer on {NGRAMS} data at the end (rank)",
-            last, lambda s: induction(series["rank"], NGRAMS), 2.0, chance=1 - alone,
-        ),
-        claim(
-            "nor does it within the errors (probability of the first rank)",
-            last, lambda s: induction(first, NGRAMS), 0.05, "<=", 1 - alone,
-        ),
+        *_ranks_first("the induction head that matches prefixes most", head, series, last),
+        *_ranks_first("the induction head of the strongest circuit", float(series["circuit_head"]), series, last),
         claim(
             f"some induction head ranks first in their layer on {REPEATS} data at the end (probability)",
-            last, lambda s: some_induction(REPEATS), 0.95, chance=kind,
+            last, lambda s: some(REPEATS), 0.95, chance=chance,
         ),
         claim(
             f"none does on {NGRAMS} data (probability that one does)",
-            last, lambda s: some_induction(NGRAMS), 0.05, "<=", 1 - kind,
+            last, lambda s: some(NGRAMS), 0.05, "<=", 1 - chance,
         ),
         claim(
-            f"the induction head specializes to {REPEATS} data (in standard errors, on the less favourable scale)",
-            last, lambda s: float(np.minimum(standard_errors("final_specialization"), standard_errors("final_scaled"))),
-            1.96, chance=0.025,
+            f"the one that matches prefixes most specializes to {REPEATS} data (in standard errors, on the less "
+            "favourable scale)",
+            last, lambda s: _at(standard_errors, names.index(REPEATS), head), 1.96, chance=0.025,
         ),
     ]  # fmt: skip
+
+
+def _ranks_first(who: str, head: float, series: Series, last: Stage) -> list[Claim]:
+    """One head's rank in its layer: the first on repeats, and not on n-grams."""
+    repeats, ngrams = (series["distributions"].tolist().index(name) for name in (REPEATS, NGRAMS))
+    rank, first = series["rank"], series["rank_probability"][:, :, 0]
+    chance = 1 / _beside(series, head).sum() if np.isfinite(head) else float("nan")
+    return [
+        claim(
+            f"the wdrLLC of {who} ranks first in its layer on {REPEATS} data at the end (rank)",
+            last, lambda s: _at(rank, repeats, head), 1.0, "<=", chance,
+        ),
+        claim(
+            "it does so within the errors (probability of the first rank)",
+            last, lambda s: _at(first, repeats, head), 0.95, chance=chance,
+        ),
+        claim(
+            f"it does not rank first on {NGRAMS} data (rank)",
+            last, lambda s: _at(rank, ngrams, head), 2.0, chance=1 - chance,
+        ),
+        claim(
+            "nor does it within the errors (probability of the first rank)",
+            last, lambda s: _at(first, ngrams, head), 0.05, "<=", 1 - chance,
+        ),
+    ]  # fmt: skip
+
+
+def _beside(series: Series, head: float) -> np.ndarray:
+    """The heads of its layer: Bool[head]; none if there is no such head."""
+    layer = series["layer"]
+    return layer == layer[int(head)] if np.isfinite(head) else np.zeros(len(layer), dtype=bool)
+
+
+def _at(values: np.ndarray, distribution: int, head: float) -> float:
+    return float(values[distribution, int(head)]) if np.isfinite(head) else float("nan")
 
 
 def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:

@@ -129,7 +129,13 @@ def test_ranks_and_their_probability() -> None:
 
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
 TYPES = ["multigram"] * 6 + ["induction", "unclear"]
-FACTS = {"heads": HEADS, "types": [f"{h} {t}" for h, t in zip(HEADS, TYPES, strict=True)], "induction head": ["L1H2"]}
+FACTS = {
+    "heads": HEADS,
+    "types": [f"{h} {t}" for h, t in zip(HEADS, TYPES, strict=True)],
+    "induction head": ["L1H2"],
+    "circuit's induction head": ["L1H2"],
+}
+NO_INDUCTION: dict[str, list[str]] = {"induction head": [], "circuit's induction head": []}
 STEPS = np.array([0, 10, 100, 500, 1000, 2000])
 STAGES = (Stage("S1", "rising", 0.0, 2000.0, None, None, 3.0, None),)
 GROWTH = np.linspace(0.1, 1, len(STEPS))
@@ -166,7 +172,7 @@ def concluded(curve: LLCCurve, facts: dict = FACTS, stages: tuple[Stage, ...] = 
 
 def test_the_planted_induction_head_is_found_first_on_repeats_and_last_on_ngrams() -> None:
     derived, claims = concluded(planted())
-    assert len(claims) == 9
+    assert len(claims) == 13
     assert [claim.text for claim in claims if not claim.holds] == []
     repeats = list(derived["distributions"]).index("repeat-heavy")
     assert derived["rank"][repeats].tolist() == [4, 2, 1, 3, 2, 4, 1, 3]
@@ -174,7 +180,19 @@ def test_the_planted_induction_head_is_found_first_on_repeats_and_last_on_ngrams
     assert holm(derived["p_layer"])[1] < 0.001 < holm(derived["p_layer"])[0]
     assert derived["specialization"].shape == (2, 8, len(STEPS))
     # One induction head among the four of its layer, all of them as often first if they were alike.
-    assert [claim.chance for claim in claims] == [0.05, 0.05, 0.25, 0.25, 0.75, 0.75, 0.25, 0.75, 0.025]
+    of_one = [0.25, 0.25, 0.75, 0.75]
+    assert [claim.chance for claim in claims] == [0.05, 0.05, *of_one, *of_one, 0.25, 0.75, 0.025]
+
+
+def test_the_head_of_the_strongest_circuit_is_judged_by_its_own_ranks() -> None:
+    """L1H0 ranks second on repeats and first on n-grams; no induction head is asked for the claims on the other."""
+    derived, claims = concluded(planted(), FACTS | {"circuit's induction head": ["L1H0"]})
+    assert "of the strongest circuit" in claims[6].text
+    assert [claim.holds for claim in claims] == [*[True] * 6, *[False] * 4, *[True] * 3]
+    assert claims[6].value == derived["rank"][1, 4] == 2 and claims[8].value == derived["rank"][0, 4] == 1
+    _, without = concluded(planted(), FACTS | {"circuit's induction head": []})
+    assert np.isnan([claim.value for claim in without[6:10]]).all()
+    assert all(claim.holds for claim in [*without[:6], *without[10:]])
 
 
 def test_of_twins_neither_is_surely_first_but_one_of_them_is() -> None:
@@ -183,10 +201,10 @@ def test_of_twins_neither_is_surely_first_but_one_of_them_is() -> None:
         "types": [text if i not in (5, 6) else f"L1H{i - 4} induction" for i, text in enumerate(FACTS["types"])]
     }
     _, claims = concluded(planted(twins), facts)
-    assert not claims[3].holds and claims[6].holds and claims[7].holds
-    assert [claim.chance for claim in claims[6:8]] == [0.5, 0.5]
+    assert not claims[3].holds and claims[10].holds and claims[11].holds
+    assert [claim.chance for claim in claims[10:12]] == [0.5, 0.5]
     _, alone = concluded(planted(twins))  # the other twin is of another type
-    assert not alone[6].holds
+    assert not alone[10].holds
 
 
 def test_what_a_reference_model_drew_is_no_distribution_to_specialize_to() -> None:
@@ -199,7 +217,8 @@ def test_what_a_reference_model_drew_is_no_distribution_to_specialize_to() -> No
 
 def test_where_all_heads_gain_alike_none_specializes() -> None:
     _, claims = concluded(planted([llc + 0.5 for llc in ALIKE]))
-    assert [claim.holds for claim in claims] == [False, False, False, False, True, True, False, True, False]
+    of_one = [False, False, True, True]
+    assert [claim.holds for claim in claims] == [False, False, *of_one, *of_one, False, True, False]
 
 
 def test_a_common_factor_is_no_specialization_on_both_scales() -> None:
@@ -209,12 +228,12 @@ def test_a_common_factor_is_no_specialization_on_both_scales() -> None:
 
 
 def test_other_studies_get_the_claims_that_any_can_have() -> None:
-    _, claims = concluded(planted(names=("code", "prose")), FACTS | {"induction head": []})
+    _, claims = concluded(planted(names=("code", "prose")), FACTS | NO_INDUCTION)
     assert len(claims) == 2 and all(claim.holds for claim in claims)
 
 
 def test_without_an_induction_head_its_claims_are_nan() -> None:
-    _, claims = concluded(planted(), FACTS | {"induction head": []})
+    _, claims = concluded(planted(), FACTS | NO_INDUCTION)
     assert all(claim.holds for claim in claims[:2])
     assert all(np.isnan(claim.value) and not claim.holds for claim in claims[2:])
 
@@ -256,7 +275,7 @@ def test_without_refined_heads_nothing_holds_and_nothing_fails(names: tuple[str,
     plain = LLCCurve(steps=STEPS, components=("model",), llc=GROWTH[None], std_error=np.ones((1, len(STEPS))))
     curve = replace(plain, refined=dict.fromkeys(names, plain))
     derived, claims = concluded(curve)
-    assert len(claims) == (9 if len(names) == 2 else 2)
+    assert len(claims) == (13 if len(names) == 2 else 2)
     assert not any(claim.holds for claim in claims)
     series = {"loss_test": np.ones(len(STEPS))}
     report = Report("specialization", STEPS, series, tuple(claims), FACTS, derived)
@@ -293,9 +312,19 @@ def test_prepare_names_the_strongest_induction_head_and_measure_the_losses(monke
     monkeypatch.setattr(analysis, "typed_heads", lambda model, split: tuple(evidence))
     split = make_split(tiny_config().task, 0)
     model = build_model(tiny_config().model, split, 0)
+    pairs = [((0, 0), (1, 1), 0.2, True), ((0, 1), (1, 0), 0.3, True), ((0, 0), (1, 0), 0.9, False)]
+    searched = [
+        SimpleNamespace(pair=(sender, receiver), k_effect=SimpleNamespace(value=cost), found=found)
+        for sender, receiver, cost, found in pairs
+    ]
+    monkeypatch.setattr(analysis, "searched_circuits", lambda model, split: searched)
     facts = analysis.prepare(model, split)
     assert facts["induction head"] == ["L1H0"] and facts["types"][0] == "L0H0 unclear"
-    del evidence[1:]
-    assert analysis.prepare(model, split)["induction head"] == []
+    assert facts["circuit's induction head"] == ["L1H0"]
+    del evidence[1:], searched[1:]
+    facts = analysis.prepare(model, split)
+    assert facts["induction head"] == [] and facts["circuit's induction head"] == ["L1H1"]
+    searched.clear()
+    assert analysis.prepare(model, split)["circuit's induction head"] == []
     losses = analysis.measure(model, replace(split, distributions={"half": split.train}), seeds.stream(0), facts)
     assert losses == {"loss_test": evaluate(model, split.test)[0], "loss_half": evaluate(model, split.train)[0]}

@@ -14,15 +14,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from mechgrok import seeds
 from mechgrok.components import head_of
 from mechgrok.measures.ablation import AblationKind, CleanRun, clean_run, permutation, put_head, replacement
 from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attention_scores, prefix_matching
 from mechgrok.measures.composition import composition_scores
-from mechgrok.measures.head_types import SURE, strong_heads
+from mechgrok.measures.head_types import SURE, probe, strong_heads
 from mechgrok.measures.in_context import position_losses
 from mechgrok.measures.path_ablation import INPUTS, Head, Input, path_ablation
 from mechgrok.model import FwdHook
-from mechgrok.types import Examples
+from mechgrok.types import Examples, Split
 
 Pair = tuple[Head, Head]  # the earlier head, the later head
 
@@ -279,3 +280,14 @@ def induction_search(
         )
         for pair in pairs
     )
+
+
+def searched_circuits(model: HookedTransformer, split: Split) -> tuple[PairEvidence, ...]:
+    """`induction_search` on random tokens of the data's vocabulary, the same ones for every analysis that asks."""
+    tokens, chance = (seeds.stream(0, "induction_circuit", name) for name in ("search", "chance"))
+    return induction_search(model, probe(split, tokens), chance)
+
+
+def strongest_first(searched: Sequence[PairEvidence]) -> list[PairEvidence]:
+    """The circuits among these pairs, those whose K path costs most first."""
+    return sorted((of for of in searched if of.found), key=lambda of: -of.k_effect.value)
