@@ -18,7 +18,7 @@ from mechgrok.measures.kinds import with_kinds
 from mechgrok.model import build_model
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
-from mechgrok.stages import place_stages, smooth, usable_points
+from mechgrok.stages import place_stages, smooth, stage_points
 from mechgrok.tasks import make_split
 from mechgrok.types import Claim, Direction, LLCCurve, Report, Split, Stage, Study, Trajectory
 
@@ -208,6 +208,20 @@ def concentration(series: Series, name: str, stage: Stage) -> float:
     return share - float(time / (np.log1p(series["step"][-1]) - np.log1p(series["step"][0])))
 
 
+def since(steps: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
+    """(step, checkpoint before, checkpoint after) from where values stay at or above a level, linear in log(1 + step).
+
+    NaN where they are there from the start, or not at the end, or the level is NaN.
+    """
+    below = np.flatnonzero(~(values >= level))
+    if not len(below) or below[-1] + 1 == len(steps):
+        return np.full(3, np.nan)
+    at = int(below[-1])
+    x = np.log1p(steps[at : at + 2].astype(float))
+    middle = float(np.expm1(np.interp(level, values[at : at + 2], x)))
+    return np.array([middle, float(steps[at]), float(steps[at + 1])])
+
+
 def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> float:
     """Mean of a scalar series over a stage, uniform in log(1 + step)."""
     points = np.linspace(np.log1p(stage.start), np.log1p(stage.end), n_points)
@@ -215,8 +229,10 @@ def mean_over(series: Series, name: str, stage: Stage, n_points: int = 50) -> fl
 
 
 def llc_at(curve: LLCCurve, component: str, step: float) -> tuple[float, float]:
-    """(LLC of a component at a step, its standard error), linear between healthy points, NaN without any."""
-    usable = usable_points(curve, component)
+    """(LLC of a component at a step, its standard error), linear between the points that stages may rest on, NaN
+    without any: an estimate that is surely negative measures no minimum, and no change begins or ends there.
+    """
+    usable = stage_points(curve, component)
     if not usable.any():
         return float("nan"), float("nan")
     row, x = curve.row(component), np.log1p(curve.steps[usable])

@@ -12,7 +12,7 @@ from analyses.contract import CONCENTRATED, Series, at, claim, concentration, en
 from mechgrok import plotting
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.model import evaluate
-from mechgrok.stages import usable_points
+from mechgrok.stages import stage_points
 from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "grokking"
@@ -40,12 +40,12 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     hump = falling if rising and falling and rising.start < falling.start else None
 
     def hump_size(of: LLCCurve | None) -> float:
-        """Lower 95 % bound of the smaller of rise and fall, as a share of the range of the healthy points."""
+        """Lower 95 % bound of the smaller of rise and fall, as a share of the range of the points that count."""
         if of is None or rising is None or falling is None:
             return float("nan")
         (rise, rise_error), (fall, fall_error) = llc_change(of, rising), llc_change(of, falling)
-        healthy = of.llc[of.row("model")][usable_points(of)]
-        spread = float(np.ptp(healthy)) if healthy.size else 0.0
+        points = of.llc[of.row("model")][stage_points(of)]
+        spread = float(np.ptp(points)) if points.size else 0.0
         return min(rise - 1.96 * rise_error, -fall - 1.96 * fall_error) / spread if spread > 0 else float("nan")
 
     return [

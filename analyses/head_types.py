@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change, since
 from mechgrok import plotting, seeds
 from mechgrok.components import head_layer, head_names
 from mechgrok.measures.copying import eigenvalue_copying
@@ -106,8 +106,9 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
             where("prefix matching"), llc_rise, 0.0,
         ),
         claim(
-            "the previous-token head is there before prefix matching is (ratio of the steps of half their growth)",
-            last, lambda s: _half(best, "prefix matching") / _half(best, "previous-token"), 1.0,
+            "the previous-token head is there before prefix matching is (half their growth: ratio of the near ends of "
+            "the intervals)",
+            last, lambda s: float(_half(best, "prefix matching")[1] / _half(best, "previous-token")[2]), 1.0,
         ),
         claim("the final model has a previous-token head (number)", last, lambda s: number("previous-token"), 1.0),
         claim("the final model has an induction head (number)", last, lambda s: number("induction"), 1.0),
@@ -147,15 +148,11 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
     return {"What the heads attend to, and what they do": fig}
 
 
-def _half(series: Series, name: str) -> float:
-    """The step from which a series stays above the middle of its range, NaN where it never passed TIMES_CHANCE."""
+def _half(series: Series, name: str) -> np.ndarray:
+    """`since` when a series is above the middle of its range; NaN where it never passed TIMES_CHANCE."""
     values = series[name]
-    below = np.flatnonzero(values < (values.min() + values.max()) / 2)
-    if values.max() < TIMES_CHANCE or not len(below) or below[-1] + 1 == len(values):
-        return float("nan")
-    i = below[-1]
-    x, middle = np.log1p(series["step"]), (values.min() + values.max()) / 2
-    return float(np.expm1(np.interp(middle, values[i : i + 2], x[i : i + 2])))
+    ever = values.max() >= TIMES_CHANCE
+    return since(series["step"], values, (values.min() + values.max()) / 2 if ever else float("nan"))
 
 
 def _number(value: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_change, since
 from mechgrok import plotting, seeds
 from mechgrok.components import head_of
 from mechgrok.measures.ablation import ABLATION_KINDS, clean_run
@@ -282,13 +282,9 @@ def _stream(name: str) -> torch.Generator:
 def _half_step(steps: np.ndarray, values: np.ndarray) -> float:
     """The step from which values stay at half of the last one or more, on log(1 + step); NaN if the last is not > 0."""
     half = values[-1] / 2
-    below = np.flatnonzero(values < half)
     if not half > 0:
         return float("nan")
-    if not len(below):
-        return float(steps[0])
-    i, x = below[-1], np.log1p(steps)
-    return float(np.expm1(np.interp(half, values[i : i + 2], x[i : i + 2])))
+    return float(steps[0]) if (values >= half).all() else float(since(steps, values, half)[0])
 
 
 def _number(value: float) -> str:

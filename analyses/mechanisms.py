@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_at
+from analyses.contract import CONCENTRATED, Series, claim, concentration, end_of, llc_at, since
 from mechgrok import plotting, seeds
 from mechgrok.measures.attention import attention_scores, shuffle_first
 from mechgrok.measures.head_types import probe
@@ -145,7 +145,8 @@ def derive(
 
 def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[Claim]:
     """Do the mechanisms come in the known order, and does the LLC rise while induction forms?"""
-    dates = [float(series[f"date of {name}"][0]) for name in ORDER]
+    dated = [series[f"date of {name}"] for name in ORDER]
+    dates = [float(step) for step, _, _ in dated]
     start, end = (float(step) for step in series["induction window"])
 
     def stage_of(step: float) -> Stage | None:
@@ -157,8 +158,8 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         return after - before - 1.96 * math.hypot(error, other)
 
     def later(at: int) -> Claim:
-        text = f"the date of {ORDER[at]} is after that of {ORDER[at - 1]} (ratio)"
-        return claim(text, stage_of(dates[at]), lambda _: dates[at] / dates[at - 1], 1.0)
+        text = f"the date of {ORDER[at]} is after that of {ORDER[at - 1]} (ratio of the near ends of their intervals)"
+        return claim(text, stage_of(dates[at]), lambda _: dated[at][1] / dated[at - 1][2], 1.0)
 
     return [
         *(later(at) for at in range(1, len(ORDER))),
@@ -234,14 +235,5 @@ def _if_ever(values: np.ndarray, least: float) -> np.ndarray:
 
 
 def _date(step: np.ndarray, progress: np.ndarray, part: float) -> np.ndarray:
-    """(step, checkpoint before, checkpoint after) from where `progress` stays above `part` of its best.
-
-    NaN for one that is NaN, is above from the start, or does not stay there.
-    """
-    below = np.flatnonzero(progress < part * progress.max())
-    if not len(below) or below[-1] + 1 == len(step):
-        return np.full(3, np.nan)
-    at = int(below[-1])
-    x = np.log1p(step[at : at + 2].astype(float))
-    middle = float(np.expm1(np.interp(part * progress.max(), progress[at : at + 2], x)))
-    return np.array([middle, float(step[at]), float(step[at + 1])])
+    """`since` when progress is at `part` of its best."""
+    return since(step, progress, part * progress.max())

@@ -3,10 +3,9 @@
 import base64
 import html
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -19,32 +18,29 @@ from mechgrok import plotting
 from mechgrok.components import head_names
 from mechgrok.config import LLCConfig
 from mechgrok.measures.landmarks import landmarks
+from mechgrok.reproducible import made_with
 from mechgrok.stages import MIN_POINTS, smooth, stage_points
 from mechgrok.types import Claim, Report, Stage, Study
 
 SHOWN_TOKENS = 64  # beyond, the widget is too large to look at
-PACKAGES = (
-    "mechgrok",
-    "torch",
-    "transformer-lens",
-    "numpy",
-    "scikit-learn",
-    "arviz-stats",
-    "safetensors",
-    "circuitsvis",
-)
 
 
 def provenance(study: Study) -> dict[str, str]:
-    """Versions, seed and config digest: what a reader needs to make the same numbers."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    return {
-        "seed": str(study.config.seed),
-        "config SHA-256": study.config.digest(),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        **versions,
-    }
+    """Seed, config digest, and what made the numbers: what a reader needs to make the same ones.
+
+    Versions are those of the processes that trained and sampled, where the run has kept them, and this one's. Where
+    they differ it is said which are whose.
+    """
+    makers = [(part, record) for part, records in study.made_with.items() for record in records]
+    makers.append(("report", made_with()))
+    found = {"seed": str(study.config.seed), "config SHA-256": study.config.digest()}
+    for key in made_with():
+        whose: dict[str, list[str]] = {}
+        for part, record in makers:
+            whose.setdefault(record.get(key, "unknown"), []).append(part)
+        each = (f"{value} ({', '.join(dict.fromkeys(parts))})" for value, parts in whose.items())
+        found[key] = next(iter(whose)) if len(whose) == 1 else "; ".join(each)
+    return found
 
 
 def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
         lines += ["", f"## {report.analysis}", ""]
         for title, (columns, rows) in tables_of(report).items():
             lines += [f"{title}:", "", *_table(columns, rows), ""]
-        columns = ("claim", "stage", "value", "threshold", "holds", "better than random stages")
+        columns = ("claim", "stage", "value", "threshold", "holds", "better than random stages", "holds by chance")
         lines += _table(columns, [list(claim_row(claim).values()) for claim in report.claims])
     return "\n".join(lines) + "\n"
 

@@ -3,12 +3,14 @@
     python -m benchmarks.head_seeds [--write docs/heads-seeds.md]
 
 A seed sets language, rows, weights and batches. Runs lie in runs/, and what is there already is not done again: about
-14 minutes a seed on two cores, and 4 a control. A claim is made of the preset only if it holds for every seed.
+14 minutes a seed on two cores, and 4 a control. A claim is made of the preset only if it holds for every seed, and not
+by luck: where it is known how probable that is for one seed, for all of them it must be at most .05.
 The control is the same training on a language in which segments hardly ever repeat. It has no induction, so its LLC is
 read over the same steps, those between which induction forms in the seed's main run. "Holds by chance" is how probable
 it is that a claim that no stage enters holds for a seed where nothing is to be found.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -43,7 +45,12 @@ def claims(seeds: list[dict[str, Report]]) -> Section:
             values = [f"{one.value:.3g}" if np.isfinite(one.value) else "–" for one in each]
             chances = dict.fromkeys(claim_row(one)["chance"] for one in each)
             threshold = f"{'≥' if claim.relation == '>=' else '≤'} {claim.threshold:.3g}"
-            verdict = "**claimed**" if held == len(each) else f"holds for {held} of {len(each)}: not claimed"
+            luck = math.prod(one.chance for one in each) if all(one.chance is not None for one in each) else 0.0
+            verdict = "**claimed**"
+            if held < len(each):
+                verdict = f"holds for {held} of {len(each)}: not claimed"
+            elif luck > 0.05:
+                verdict = f"holds for all, by luck with probability {luck:.2g}: not claimed"
             # A head's name may stand in the text, so the first seed's stands for all.
             rows.append([name, claim.text, *values, threshold, ", ".join(chances), verdict])
     titles = ("analysis", "claim", *(f"seed {seed}" for seed in SEEDS), "threshold", "holds by chance", "")

@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "LLCConfig": "mechgrok.config",
     "RunConfig": "mechgrok.config",
+    "StageConfig": "mechgrok.config",
     "load_config": "mechgrok.config",
     "preset_names": "mechgrok.config",
     "MechgrokError": "mechgrok.errors",

@@ -286,12 +286,16 @@ class RunConfig(Settings):
             raise ValueError(f"an imported run trains nothing, so remove the refinement {REFERENCE!r}")
         return self
 
-    def with_sampling(self, sampling: LLCConfig) -> "RunConfig":
-        """The same experiment with other sampling settings for all; the control localization moves along."""
+    def with_sampling(self, sampling: LLCConfig, heads: bool = True) -> "RunConfig":
+        """The same experiment with other sampling settings; the control localization moves along.
+
+        heads: for every component; otherwise what has settings of its own keeps them.
+        """
         own = self.llc.sampling.localization
         ratio = self.llc.control_localization / own if own else 2.0
         control = ratio * sampling.localization
-        curve = {"sampling": sampling, "head_sampling": None, "control_localization": control}
+        own_of_heads = None if heads else self.llc.head_sampling
+        curve = {"sampling": sampling, "head_sampling": own_of_heads, "control_localization": control}
         return self.model_copy(update={"name": f"{self.name}-calibrated", "llc": self.llc.model_copy(update=curve)})
 
     def as_reference(self, n_layers: int) -> "RunConfig":

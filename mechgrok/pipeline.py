@@ -66,13 +66,13 @@ def run(
     directory = RunDirectory.create(path, config)
     with directory.locked():
         with alongside(references(directory, split), n_workers or cpu_count()):
-            trajectory = train(directory, split, lambda done, total: progress("training", done, total))
+            trajectory = _trained(directory, split, progress)
         split = with_reference(directory, split, train)
         curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
         stages = find_stages(curve, config)
         for name, part in {"llc": curve, **curve.refined}.items():
             directory.write_netcdf(f"{name}.nc", part.to_dataset())
-    return Study(config, split, trajectory, curve, stages)
+    return Study(config, split, trajectory, curve, stages, directory.makers())
 
 
 def train_only(
@@ -86,7 +86,7 @@ def train_only(
     split, _ = _checked(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():
-        return train(directory, split, lambda done, total: progress("training", done, total))
+        return _trained(directory, split, progress)
 
 
 def import_run(
@@ -155,7 +155,7 @@ def load_study(path: str | Path) -> Study:
             f"{directory.path} has {done} of {total} estimates; run `mechgrok run` again to finish it"
         )
     curve = curve_of(found, config, names, split)
-    return Study(config, split, trajectory, curve, find_stages(curve, config))
+    return Study(config, split, trajectory, curve, find_stages(curve, config), directory.makers())
 
 
 def doubtful_estimates(path: str | Path) -> dict[tuple[str, int, str, LLCConfig], LLCEstimate]:
@@ -188,6 +188,7 @@ def calibrate_run(
 
     Args:
         changes: what to keep other than the run's own sampler, momentum, batch_size, n_chains, canonicalize.
+        components: where they are the model alone, settings that the run has for heads stay as they are.
     """
     from mechgrok.plotting import calibration_figure, to_svg  # matplotlib, which the other commands do not need
 
@@ -198,12 +199,14 @@ def calibrate_run(
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
     found = calibrate(
         load_trajectory(directory, split), sampled_examples(config, split), seed=config.seed, components=components,
-        n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress, **(kept | dict(changes)),
+        like=own, n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress,
+        **(kept | dict(changes)),
     )  # fmt: skip
+    calibrated = config.with_sampling(found.recommended, heads=set(components) != {"model"})
     with directory.locked():
         directory.write_text("calibration.svg", to_svg(calibration_figure(found)))
         directory.write_json("calibration.json", calibration_record(found))
-        directory.write_text("calibrated.toml", config.with_sampling(found.recommended).to_toml())
+        directory.write_text("calibrated.toml", calibrated.to_toml())
     return found
 
 
@@ -231,6 +234,13 @@ def references(directory: RunDirectory, split: Split) -> list[Callable[[], None]
         return []
     free = how.device == "cpu" and cpu_count() >= 2 * how.n_threads
     return [partial(_train, own, split)] if free else []
+
+
+def _trained(directory: RunDirectory, split: Split, progress: Progress) -> Trajectory:
+    """The trajectory, with a note of what makes the rest of it."""
+    if not all(directory.has_checkpoint(step) for step in planned_steps(directory.config.train)):
+        directory.note_maker("training")
+    return train(directory, split, lambda done, total: progress("training", done, total))
 
 
 def _train(own: RunDirectory, split: Split) -> None:
@@ -267,6 +277,8 @@ def follow(
     plan = plan_units(config, names, split, trajectory.steps)
     found = {data: stored_estimates(directory, units, data) for data, units in plan.items()}
     total = sum(map(len, plan.values()))
+    if sum(map(len, found.values())) < total:
+        directory.note_maker("sampling")
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
     for data, units in plan.items():
         missing = with_company(trajectory, units, [unit for unit in units if unit not in found[data]])

@@ -22,7 +22,8 @@ def check_data(config: RunConfig, split: Split) -> None:
     each = [config.llc.sampling_of(name) for name in component_names(config, split)]
     for sampling in each:
         check_batch_size(sampling, len(sampled_examples(config, split)))
-    taken = {"llc", REFERENCE} & split.distributions.keys()  # llc.nc, and the data that a reference model makes
+    # llc.nc, the data that a reference model makes, and what other curves are called in report.json
+    taken = {"llc", REFERENCE, "main", "control", "finer"} & split.distributions.keys()
     if config.llc.refinements and taken:
         raise ConfigError(f"the task's distribution {min(taken)!r} has a name that the run needs itself; rename it")
     for refinement in config.llc.refinements:

@@ -1,14 +1,34 @@
 """How numbers are computed: the same bits each time, products of a precision, and nothing too small to be normal."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
 
 from mechgrok import seeds
+
+PACKAGES = (
+    "mechgrok",
+    "torch",
+    "transformer-lens",
+    "numpy",
+    "numba",
+    "scikit-learn",
+    "arviz-stats",
+    "safetensors",
+    "circuitsvis",
+)
+
+
+def made_with() -> dict[str, str]:
+    """The versions and the machine that the numbers of this process are made with."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}", **versions}
 
 
 @contextmanager

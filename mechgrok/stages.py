@@ -25,7 +25,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from mechgrok import seeds
 from mechgrok.config import StageConfig
-from mechgrok.errors import ShapeError, UnhealthyEstimateError
+from mechgrok.errors import ConfigError, ShapeError, UnhealthyEstimateError
 from mechgrok.types import Direction, LLCCurve, Stage
 
 N_GRID = 400
@@ -134,7 +134,8 @@ def detect_stages(
     drop_unhealthy: bool = False,
     seed: int = 0,
 ) -> tuple[Stage, ...]:
-    """The stages of a component's LLC curve, in order, covering the run; none if the curve is flat.
+    """The stages of a component's LLC curve, in order, from the first to the last point that they rest on; none if the
+    curve is flat.
 
     A curve counts as flat unless the smooth curve beats a constant by `config.min_evidence` nats.
     A stage is kept if it holds at least 2 estimates (3 at an end of the run) and, with posterior probability
@@ -148,11 +149,13 @@ def detect_stages(
         UnhealthyEstimateError: an estimate is unhealthy and `drop_unhealthy` is False.
         ComponentError, ShapeError: the curve lacks the component, or has too few points.
     """
-    row = curve.row(component)
-    if not drop_unhealthy and not curve.healthy[row].all():
-        bad = curve.steps[~curve.healthy[row]]
+    if not isinstance(config, StageConfig):
+        raise ConfigError(f"config must be a StageConfig, got {type(config).__name__}; write StageConfig(plateau=...)")
+    usable = usable_points(curve, component)
+    if not drop_unhealthy and not usable.all():
+        bad = curve.steps[~usable]
         raise UnhealthyEstimateError(
-            f"estimates of {component!r} at steps {', '.join(map(str, bad))} are unhealthy; "
+            f"estimates of {component!r} at steps {', '.join(map(str, bad))} are unhealthy or not finite; "
             "sample them better, or pass drop_unhealthy=True to leave them out"
         )
     fit = smooth(curve, config, component, seed)
@@ -175,11 +178,13 @@ def place_stages(curve: LLCCurve, fit: SmoothCurve, boundaries: Sequence[float])
 
     Detected stages come through here, and so do the randomly placed ones that claims are scored
     by. A stage's direction is that of the smooth curve's change over it; below `fit.plateau` of the
-    curve's range it is a plateau.
+    curve's range it is a plateau. Where nothing could be measured, at either end of the run, there is no stage.
     """
     stages = []
     smallest = fit.plateau * np.ptp(fit.mean)
-    edges = [float(curve.steps[0]), *boundaries, float(curve.steps[-1])]
+    x = np.log1p(curve.steps)
+    first, last = (float(curve.steps[np.abs(x - fit.points[end]).argmin()]) for end in (0, -1))
+    edges = [first, *boundaries, last]
     for i, (start, end) in enumerate(pairwise(edges)):
         change = fit.at(end) - fit.at(start)
         delta_loss = None

@@ -1,8 +1,9 @@
-"""A run directory on disk, and the only file that touches one. Every write is atomic; nothing is unpickled.
+"""A run directory on disk, and the only file that touches one. Every write is atomic; nothing is unpickled here.
 
     config.toml                     the run's settings; another configuration is refused
     checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
     import.json                     where imported checkpoints came from
+    made-with.json                  versions and machines that trained and sampled
     training/state.safetensors      parameters and AdamW moments, to resume from
     llc/localization-<gamma>-step-size-<epsilon>/<component>/step-00000100.safetensors   losses [chain, draw];
                                     metadata: the estimate
@@ -24,7 +25,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ from torch import Tensor
 from mechgrok.calibration import Calibration, Trial
 from mechgrok.config import READ_LATER, LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
+from mechgrok.reproducible import made_with
 from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
 
 CONFIG = "config.toml"
+MAKERS = "made-with.json"
 
 
 class RunDirectory:
@@ -125,6 +128,20 @@ class RunDirectory:
             dataset.to_netcdf(temporary, engine="h5netcdf", invalid_netcdf=True)
         return self.path / name
 
+    # ---- what made it
+
+    def note_maker(self, part: str) -> None:
+        """Keep what this process makes a part of the run with, beside what others made of it."""
+        makers = self.makers()
+        own = made_with()
+        if own not in makers.setdefault(part, []):
+            makers[part].append(own)
+            self.write_json(MAKERS, makers)
+
+    def makers(self) -> dict[str, list[dict[str, str]]]:
+        """Versions and machines by part; empty for a run that did not keep them."""
+        return read_json(self.path / MAKERS) if (self.path / MAKERS).exists() else {}
+
     # ---- checkpoints
 
     def write_checkpoint(self, parameters: Mapping[str, Tensor], metrics: CheckpointMetrics) -> None:
@@ -132,7 +149,7 @@ class RunDirectory:
 
     def read_checkpoint(self, step: int) -> tuple[dict[str, Tensor], CheckpointMetrics]:
         """The parameters and metrics at a step. Raises CheckpointError for a file that cannot be trusted."""
-        tensors, metadata = self._read_tensors(self._checkpoint(step))
+        tensors, metadata = self._read_tensors(self._checkpoint(step), "metrics")
         metrics = CheckpointMetrics(**metadata["metrics"])
         if metrics.step != step:
             raise CheckpointError(f"{self._checkpoint(step)} holds step {metrics.step}; {_REMEDY}")
@@ -149,7 +166,7 @@ class RunDirectory:
         path = self.path / "training" / "state.safetensors"
         if not path.exists():
             return None
-        tensors, metadata = self._read_tensors(path)
+        tensors, metadata = self._read_tensors(path, "step")
         return metadata["step"], tensors
 
     # ---- estimates
@@ -169,7 +186,7 @@ class RunDirectory:
         path = self._estimate(step, component, config, data)
         if not path.exists():
             return None
-        tensors, metadata = self._read_tensors(path)
+        tensors, metadata = self._read_tensors(path, "estimate")
         record = metadata["estimate"]
         told = (metadata["sampling"], record["component"], metadata["step"], metadata["data"])
         if told != (config.model_dump(), component, step, data):
@@ -195,7 +212,8 @@ class RunDirectory:
         signed = {"record": record, "sha256": _digest(plain, record)}
         _write_atomically(path, save(plain, {"mechgrok": json.dumps(signed, sort_keys=True)}))
 
-    def _read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read_tensors(self, path: Path, has: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the metadata, which have this key in a file of the kind that is asked for."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -221,6 +239,8 @@ class RunDirectory:
                 f"{path} belongs to another configuration than {self.path / CONFIG}, which was changed since; "
                 "put it back as it was, or choose another --out"
             )
+        if has not in record:
+            raise CheckpointError(f"{path} holds something else than its name says; {_REMEDY}")
         return tensors, record
 
 
@@ -292,12 +312,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MECHGROK_CACHE") or "~/.cache/mechgrok").expanduser()
 
 
-def compiled_folder(*sources: Path) -> Path:
-    """Where what is compiled from the files of folders is kept: another place as soon as any of them changes."""
+def compiled_folder(*sources: Path) -> Path | None:
+    """Where what is compiled from the files of folders is kept: another place as soon as any of them changes.
+
+    None where others could write: numba unpickles what it finds there.
+    """
+    with suppress(OSError, RuntimeError):  # no folder, so nobody's; numba will find no place either
+        state = _made_cache_folder().stat()
+        if os.name == "posix" and (state.st_uid != os.getuid() or state.st_mode & 0o022):
+            return None
     contents = hashlib.sha256()
     for path in (path for folder in sources for path in sorted(folder.glob("*.py"))):
         contents.update(path.name.encode() + path.read_bytes())
     return cache_folder() / f"compiled-{contents.hexdigest()[:16]}"
+
+
+def _made_cache_folder() -> Path:
+    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return cache_folder()
 
 
 def cached_json(key: Any, make: Callable[[], Any]) -> Any:
@@ -307,19 +339,16 @@ def cached_json(key: Any, make: Callable[[], Any]) -> Any:
     altered is made anew. A folder that cannot be read or written costs the time of making, nothing else.
     """
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() + ".json"
-    try:
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         path = cache_folder() / name
         signature, _, body = path.read_bytes().partition(b"\n")
         if signature == hashlib.sha256(body).hexdigest().encode():
             return json.loads(body)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        pass
     body = json.dumps(make(), separators=(",", ":")).encode()
-    try:
-        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold words of a private text
-        _write_atomically(cache_folder() / name, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    except (OSError, RuntimeError, RunDirectoryError):
-        pass
+    with suppress(OSError, RuntimeError, RunDirectoryError):
+        # It may hold words of a private text, and the folder may have been there before.
+        signed = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        _write_atomically(_made_cache_folder() / name, signed, mode=0o600)
     return json.loads(body)
 
 
@@ -342,7 +371,7 @@ def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole, when the block ends well."""
     temporary = None
     try:
@@ -353,7 +382,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise RunDirectoryError(f"cannot write {path}: {error}; make room or choose another place") from None
@@ -362,6 +391,6 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    with _replacing(path) as temporary:
+def _write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    with _replacing(path, mode) as temporary:
         temporary.write_bytes(data)

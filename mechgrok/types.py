@@ -3,7 +3,7 @@
 Axis names are singular: chain, draw, component, checkpoint, pos, head. Losses are in nats.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -287,7 +287,8 @@ class LLCCurve:
             got = getattr(self, name).shape
             _expect(got == shape, f"{name} must be [component, checkpoint] {shape}, got {got}")
         increasing = self.steps.ndim == 1 and self.steps.size > 0 and bool(np.all(np.diff(self.steps) > 0))
-        _expect(increasing and self.steps[0] >= 0, f"steps must increase from 0 or more, got {self.steps}")
+        increasing = increasing and self.steps[0] >= 0 and self.steps[-1] < np.inf
+        _expect(bool(increasing), f"steps must be finite and increase from 0 or more, got {self.steps}")
         _expect(len(set(self.components)) == len(self.components), f"components repeat: {self.components}")
         _expect(not bool(np.any(self.std_error < 0)), "std_error must not be negative")
         if self.init_loss is not None:
@@ -366,17 +367,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """What an analysis found: series [checkpoint, ...] on `steps`, and claims scored against chance.
-
-    derived: what was made of all checkpoints together.
-    """
+    """What an analysis found: series [checkpoint, ...] on `steps`, and claims scored against chance."""
 
     analysis: str
     steps: np.ndarray
     series: Mapping[str, np.ndarray]
     claims: tuple[Claim, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # e.g. the key frequencies
-    derived: Mapping[str, Any] = field(default_factory=dict)
+    derived: Mapping[str, Any] = field(default_factory=dict)  # what was made of all checkpoints together
 
     def __post_init__(self) -> None:
         for name, values in self.series.items():
@@ -392,6 +390,7 @@ class Study:
     trajectory: Trajectory
     curve: LLCCurve
     stages: tuple[Stage, ...]
+    made_with: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)  # "training", "sampling"
 
     @property
     def task(self) -> TaskConfig:

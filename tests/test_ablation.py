@@ -1,8 +1,11 @@
 """Ablation on a model with one head that matters and one that is dead by construction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from transformer_lens import HookedTransformer, patching
 
 from analyses import ablation as analysis
@@ -110,12 +113,17 @@ def test_wrllc_and_ablation_are_compared_head_by_head_whatever_their_order_in_th
     llc = np.array([[0, 10, 0], [4, 4, 4], [2, 2, 2], [1, 1, 1], [3, -9, 3]], float)
     healthy = np.ones((5, 3), bool)
     healthy[4, 1] = False
-    curve = LLCCurve(steps=steps, components=names, llc=llc, std_error=np.ones((5, 3)), healthy=healthy)
+    curve = LLCCurve(steps=steps, components=names, llc=llc, std_error=np.full((5, 3), 0.1), healthy=healthy)
     stages = (
         Stage("S1", "rising", 0, 10, None, None, 10, None),
         Stage("S2", "falling", 10, 100, None, None, -10, None),
     )
     agree = analysis.conclude({"step": steps, **series}, stages, curve)[-1]
-    assert agree.value == pytest.approx(1.0)
+    assert agree.value == 1.0 and agree.holds and agree.chance == pytest.approx(4 / 24)
+    unsure = analysis.conclude({"step": steps, **series}, stages, replace(curve, std_error=np.full((5, 3), 2.0)))[-1]
+    # In the right order, and with errors as large as the differences as likely as not in another.
+    normal = np.random.default_rng(1).normal(size=(4000, 4))
+    expected = np.mean([spearmanr(cost + 2.0 * z, cost).statistic > 0.79 for z in normal])
+    assert unsure.value == pytest.approx(expected, abs=0.06) and 0.3 < expected < 0.7 and not unsure.holds
     few = LLCCurve(steps=steps, components=names[:3], llc=llc[:3], std_error=np.ones((3, 3)), healthy=healthy[:3])
     assert np.isnan(analysis.conclude({"step": steps, **series}, stages, few)[-1].value)

@@ -141,6 +141,9 @@ BAD = [
     ({"data": ()}, ShapeError, "common first axis"),
     ({"data": torch.zeros(8)}, ShapeError, r"write \(x,\)"),
     ({"data": (torch.tensor(1.0),)}, ShapeError, "common first axis"),
+    ({"data": {"x": torch.zeros(8)}}, ShapeError, "a sequence of torch tensors, got dict"),
+    ({"data": (np.zeros(8), torch.zeros(8))}, ShapeError, "got Tensor, ndarray; of arrays make tensors"),
+    ({"model": lambda x: x}, ConfigError, "HookedTransformer or another torch module, got function"),
     ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())}, ConfigError, "call module.eval"),
     ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))}, ConfigError, "call module.eval"),
     ({"loss_fn": None}, ConfigError, "loss_fn"),
@@ -214,8 +217,10 @@ def test_a_unit_that_is_missing_brings_those_that_it_was_sampled_with(tiny_run) 
     ("changes", "message"),
     [
         ({"llc": np.zeros((2, 3))}, r"llc must be \[component, checkpoint\] \(1, 3\)"),
-        ({"steps": [0, 5, 5]}, "steps must increase"),
-        ({"steps": []}, "steps must increase|llc must be"),
+        ({"steps": [0, 5, 5]}, "increase from 0 or more"),
+        ({"steps": []}, "increase from 0|llc must be"),
+        ({"steps": [0, 5, np.inf]}, "steps must be finite"),
+        ({"steps": [-1, 5, 9]}, "increase from 0 or more"),
         ({"std_error": [[0.1, -0.1, 0.1]]}, "must not be negative"),
         ({"components": ("a", "a"), "llc": np.zeros((2, 3)), "std_error": np.zeros((2, 3))}, "components repeat"),
         ({"healthy": [[True, False]]}, "healthy must be"),
@@ -243,6 +248,22 @@ def test_rows_longer_than_the_context_are_refused() -> None:
     twice = Examples(*(torch.cat([part, part], 1) for part in (train.tokens, train.targets, train.weights)))
     with pytest.raises(ShapeError, match=f"a context of {n_ctx}, got rows of {twice.tokens.shape[1]} tokens"):
         mg.estimate_llc(build(), twice, config=CONFIG, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "message"),
+    [
+        ([build()], ShapeError, r"\(step, model\) pairs, got HookedTransformer"),
+        ([(0.5, build())], ShapeError, "whole numbers from 0 on, got 0.5"),
+        ([("0", build())], ShapeError, "whole numbers from 0 on, got '0'"),
+        ([(-1, build())], ShapeError, "whole numbers from 0 on, got -1"),
+        ([(0, Quadratic(torch.ones(3)))], ConfigError, "needs HookedTransformers, got Quadratic at step 0"),
+    ],
+)
+def test_a_trajectory_of_something_else_is_refused_before_any_sampling(models, error, message, monkeypatch) -> None:
+    monkeypatch.setattr("mechgrok.llc.curve.estimate_group", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(error, match=message):
+        llc_curve(models, SPLIT.train, components=["model"], config=CONFIG, seed=0)
 
 
 def test_a_curve_refuses_repeated_steps_and_components_and_bad_names() -> None:

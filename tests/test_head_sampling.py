@@ -58,6 +58,8 @@ def test_settings_of_heads_that_do_not_fit_are_refused_by_name(language_run: tup
     assert "llc.head_sampling.localization: 100.0 -> None" in without.changes_from(CONFIG)
     assert CONFIG.with_memory(0.5).llc.sampling_of("L0H0").memory_gb == 0.5
     assert CONFIG.with_sampling(own).llc.sampling_of("L0H0") == own == CONFIG.with_sampling(own).llc.sampling
+    kept = CONFIG.with_sampling(own, heads=False).llc
+    assert kept.sampling == own and kept.sampling_of("L0H0") == CONFIG.llc.head_sampling
 
 
 def test_a_device_of_heads_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,16 @@ def test_the_known_order_holds_where_it_was_planted() -> None:
     found = claims(invented(**IN_ORDER))
     assert all(claim.holds for claim in found)
     assert [claim.stage for claim in found] == ["S2", "S2", "S3", "S3", "S3", "S3"]
-    assert found[0].value == pytest.approx(6, rel=0.1)
-    assert found[2].value == pytest.approx(2.5, rel=0.1)
+    # The near ends of the intervals are checkpoints, so the ratios are below those of the planted dates.
+    dates = derived(invented(**IN_ORDER))
+    for index, (earlier, later) in enumerate(pairwise(mechanisms.ORDER)):
+        assert found[index].value == dates[f"date of {later}"][1] / dates[f"date of {earlier}"][2]
+    assert 4 < found[0].value < 6 and 1.7 < found[2].value < 2.5
+
+
+def test_dates_between_the_same_checkpoints_are_in_no_order() -> None:
+    found = claims(invented(**(IN_ORDER | {"induction": 401.0})))
+    assert not found[2].holds and found[2].value < 1
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from mechgrok.components import component
 from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.head_potential import HeadPotential
 from mechgrok.llc.observe import Observation
-from mechgrok.model import model_losses
+from mechgrok.llc.problem import make_problem
+from mechgrok.model import build_model, model_losses
 from mechgrok.sampling.potential import ModulePotential
-from tests.oracles import noisy_quadratic
+from mechgrok.tasks import make_split
+from tests.oracles import noisy_quadratic, tiny_config
 
 CONFIG = mg.LLCConfig(
     nbeta=30.0, step_size=0.01, localization=5.0, n_chains=16, n_draws=1500, n_burnin=100, sampler="baoab"
@@ -44,6 +46,27 @@ def test_observing_does_not_change_the_chains(gaussian) -> None:
     alone = mg.estimate_llc(module, (centres,), config=CONFIG, seed=0, loss_fn=loss)
     assert np.array_equal(alone.losses, found.estimate.losses)
     np.testing.assert_allclose(found.of("all").mean(2), found.estimate.losses, rtol=1e-10)
+
+
+def test_observing_a_transformer_that_torch_computes_does_not_change_its_chains() -> None:
+    """Its products are made at the precision that is asked for, as an estimate's are."""
+    config = tiny_config()
+    split = make_split(config.task, 0)
+    model = build_model(config.model.model_copy(update={"act_fn": "gelu"}), split, 0)
+    sampling = config.llc.sampling
+    found = mg.observe(model, split.train, {"test": split.test}, config=sampling, seed=0, component="L0H1")
+    alone = mg.estimate_llc(model, split.train, component="L0H1", config=sampling, seed=0)
+    assert np.array_equal(alone.losses, found.estimate.losses)
+
+
+def test_the_same_problem_on_other_data_keeps_precision_and_memory() -> None:
+    config = tiny_config()
+    split = make_split(config.task, 0)
+    model = build_model(config.model, split, 0)
+    whole = make_problem(model, split.train, "L0H1", precision="float64", memory_gb=0.5)
+    other = whole.on(split.test)
+    assert other.potential.anchor.dtype == torch.float64 and other.settings == whole.settings
+    assert other.settings == {"memory_gb": 0.5, "precision": "float64", "device": "cpu"}
 
 
 def as_devinterp(observation: Observation, names: list[str]) -> xr.DataTree:
@@ -123,6 +146,8 @@ def test_refusals(gaussian) -> None:
     module, centres, loss, _ = gaussian
     with pytest.raises(ConfigError, match="nothing to observe"):
         mg.observe(module, (centres,), {}, config=CONFIG, seed=0, loss_fn=loss)
+    with pytest.raises(ConfigError, match="config must be an LLCConfig, got dict"):
+        mg.observe(module, (centres,), {"a": (centres,)}, config={}, seed=0, loss_fn=loss)  # type: ignore[arg-type]
     config = mg.LLCConfig(**(CONFIG.model_dump() | {"sampler": "sgld", "engine": "devinterp"}))
     with pytest.raises(ConfigError, match="own engine"):
         mg.observe(module, (centres,), {"a": (centres,)}, config=config, seed=0, loss_fn=loss)

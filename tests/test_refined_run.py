@@ -176,7 +176,7 @@ def test_a_mistake_is_one_sentence_before_any_work(old: str, new: str, message: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["llc", "reference"])
+@pytest.mark.parametrize("name", ["llc", "reference", "main", "control", "finer"])
 def test_names_that_the_run_needs_itself_are_refused_for_distributions(name: str, tmp_path: Path) -> None:
     task = CONFIG.task.model_copy(update={"distributions": {name: CONFIG.task.rates}})
     first, _, last = CONFIG.llc.refinements

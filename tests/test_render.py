@@ -10,6 +10,7 @@ import pytest
 
 import analyses
 from analyses import contract, render
+from mechgrok.reproducible import made_with
 from mechgrok.types import Study
 
 
@@ -92,9 +93,25 @@ def test_the_three_forms_bear_the_same_claims(a_run: tuple, reports: list) -> No
             assert stored["value"] == (claim.value if math.isfinite(claim.value) else None)
             assert f"| {claim.text} |" in markdown
             assert claim.text in page
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    starts = [i for i, line in enumerate(rows) if set(line) <= set("| -")]  # the line below a table's titles
+    for begin, end in zip(starts, [*starts[1:], len(rows) + 1], strict=True):
+        assert len({row.replace("\\|", "").count("|") for row in rows[begin - 1 : end - 1]}) == 1
+    assert len(starts) > len(reports)
     assert data["curves"]["main"]["llc"][0] == study.curve.llc[0].tolist()
     assert data["config"]["llc"]["sampling"]["nbeta"] == study.config.llc.sampling.nbeta
     assert data["provenance"]["torch"] and data["provenance"]["seed"] == "0"
+
+
+def test_versions_that_made_the_numbers_are_told_from_those_that_made_the_report(a_run: tuple) -> None:
+    study = a_run[1]
+    now = made_with()
+    assert set(study.made_with) == {"training", "sampling"} and all(each == [now] for each in study.made_with.values())
+    assert render.provenance(study).items() >= now.items()
+    before = {"training": [now | {"torch": "1.0"}], "sampling": [now | {"torch": "1.0"}, now]}
+    found = render.provenance(replace(study, made_with=before))
+    assert found["torch"] == f"1.0 (training, sampling); {now['torch']} (sampling, report)"
+    assert found["numpy"] == now["numpy"]
 
 
 def test_rendering_twice_gives_the_same_page(a_run: tuple, reports: list) -> None:

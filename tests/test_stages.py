@@ -1,10 +1,12 @@
 """Stages on curves whose change points are planted, and on curves that have none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import mechgrok as mg
-from mechgrok.errors import ComponentError, ShapeError, UnhealthyEstimateError
+from mechgrok.errors import ComponentError, ConfigError, ShapeError, UnhealthyEstimateError
 from mechgrok.stages import place_stages, smooth, stage_points
 from mechgrok.train import checkpoint_steps
 
@@ -158,12 +160,39 @@ def test_noise_on_a_steady_rise_makes_no_dip() -> None:
     assert sum(found) <= 8  # at the level of 5 % more than 8 of 60 has probability .2 %
 
 
+def test_stages_end_where_nothing_more_was_measured() -> None:
+    """What the curve did at the ends is not known: the smooth curve is not drawn on as a plateau."""
+    whole = curve(hump(X), 3.0, 0)
+    healthy = np.ones((1, len(STEPS)), bool)
+    healthy[0, :2] = healthy[0, -6:] = False
+    stages = mg.detect_stages(replace(whole, healthy=healthy), drop_unhealthy=True)
+    assert (stages[0].start, stages[-1].end) == (STEPS[2], STEPS[-7])
+    assert [stage.end for stage in stages[:-1]] == [stage.start for stage in stages[1:]]
+
+
+def test_numbers_that_are_not_finite_count_as_unhealthy() -> None:
+    base = curve(hump(X), 3.0, 0)
+    for name in ("llc", "std_error"):
+        values = getattr(base, name).copy()
+        values[0, 20] = np.nan
+        holed = replace(base, **{name: values})
+        with pytest.raises(UnhealthyEstimateError, match=rf"at steps {STEPS[20]} are unhealthy or not finite"):
+            mg.detect_stages(holed)
+        assert mg.detect_stages(holed, drop_unhealthy=True)
+
+
+def test_a_number_is_no_stage_config() -> None:
+    with pytest.raises(ConfigError, match="config must be a StageConfig, got float"):
+        mg.detect_stages(curve(hump(X), 3.0, 0), 0.05)  # type: ignore[arg-type]
+
+
 def test_surely_negative_points_are_no_minimum_and_found_no_stage_on() -> None:
     base = curve(hump(X) + 20, 3.0, 0)
     downhill, raised = base.llc.copy(), base.llc.copy()
     downhill[0, 0], raised[0, 0] = -500.0, np.nan
     with_it, without = (
-        mg.detect_stages(mg.LLCCurve(STEPS, ("model",), llc, base.std_error)) for llc in (downhill, raised)
+        mg.detect_stages(mg.LLCCurve(STEPS, ("model",), llc, base.std_error), drop_unhealthy=True)
+        for llc in (downhill, raised)
     )
     assert [(s.direction, s.end) for s in with_it] == [(s.direction, s.end) for s in without]
     slightly = base.llc.copy()

@@ -95,6 +95,19 @@ def test_an_estimate_under_another_name_is_noticed(copied: Path) -> None:
         pipeline.load_study(copied)
 
 
+def test_a_file_of_another_kind_is_noticed(copied: Path) -> None:
+    estimate = copied / "llc" / "localization-200.0-step-size-0.001" / "L0H0" / "step-00000040.safetensors"
+    checkpoint = copied / "checkpoints" / "step-00000040.safetensors"
+    kept = checkpoint.read_bytes()
+    shutil.copy(estimate, checkpoint)
+    with pytest.raises(CheckpointError, match="holds something else than its name says"):
+        pipeline.load_study(copied)
+    checkpoint.write_bytes(kept)
+    shutil.copy(checkpoint, estimate)
+    with pytest.raises(CheckpointError, match="holds something else than its name says"):
+        pipeline.load_study(copied)
+
+
 def test_foreign_safetensors_and_other_configurations_are_refused(copied: Path, tmp_path: Path) -> None:
     path = copied / "checkpoints" / "step-00000040.safetensors"
     save_file({"a": torch.zeros(2)}, path)
@@ -163,6 +176,14 @@ def test_two_processes_do_not_write_one_run(run: RunDirectory) -> None:
         raise AssertionError("both hold the lock")
 
 
+def test_each_maker_of_a_part_is_kept_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.makers() == {}
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr("mechgrok.store.made_with", lambda version=version: {"torch": version})
+        run.note_maker("sampling")
+    assert run.makers() == {"sampling": [{"torch": "1"}, {"torch": "2"}]}
+
+
 def test_a_finished_run_is_not_done_again_and_reads_the_same(tiny_run: tuple) -> None:
     path, study = tiny_run
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*.safetensors")}
@@ -206,3 +227,18 @@ def test_what_was_compiled_is_kept_apart_for_each_state_of_its_sources(
     assert compiled_folder(tmp_path) == before and before.parent == tmp_path / "cache"
     (tmp_path / "a.py").write_text("x = 2")
     assert compiled_folder(tmp_path) != before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of another kind")
+def test_a_folder_that_others_can_write_keeps_nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba unpickles what it finds there."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MECHGROK_CACHE", str(folder))
+    assert compiled_folder(tmp_path) is not None and folder.stat().st_mode & 0o077 == 0
+    folder.chmod(0o755)
+    assert compiled_folder(tmp_path) is not None
+    folder.chmod(0o775)
+    assert compiled_folder(tmp_path) is None
+    monkeypatch.setenv("MECHGROK_CACHE", str(tmp_path / "a file" / "below"))
+    (tmp_path / "a file").write_text("")
+    assert compiled_folder(tmp_path) is not None  # numba will find no place there by itself

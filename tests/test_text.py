@@ -271,6 +271,7 @@ def test_cached_values_are_json_named_by_digest_and_private(empty_cache: Path) -
     names = [path.name for path in empty_cache.iterdir()]
     assert len(names) == 2 and all(len(name) == 64 + len(".json") and int(name[:64], 16) for name in names)
     assert os.name == "nt" or empty_cache.stat().st_mode & 0o077 == 0
+    assert os.name == "nt" or all(path.stat().st_mode & 0o077 == 0 for path in empty_cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

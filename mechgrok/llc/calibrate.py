@@ -18,7 +18,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -28,7 +27,7 @@ from mechgrok import seeds
 from mechgrok.calibration import Calibration, Cell, Trial
 from mechgrok.config import LLCConfig, SamplerName
 from mechgrok.errors import ConfigError
-from mechgrok.llc.estimate import estimate_problem
+from mechgrok.llc.estimate import as_set, estimate_problem
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.llc.step_size import allowed_step_size, sharpness
 from mechgrok.reproducible import reproducible
@@ -50,6 +49,7 @@ SMALL = 0.2  # of the largest LLC among the cases
 SETTLED_R_HAT = 1.3
 N_DRAWS = 100
 MAX_DOUBLINGS = 2
+KEPT = ("rmsprop_decay", "rmsprop_stability", "precision", "device", "memory_gb")
 MALA_EXAMPLES = 5000  # beyond which full gradients are not affordable for a witness
 
 
@@ -84,6 +84,7 @@ def calibrate(
     batch_size: int | None = None,
     n_chains: int = 4,
     canonicalize: bool = False,
+    like: LLCConfig | None = None,
     n_checkpoints: int = 3,
     loss_fn: LossFn | None = None,
     chance_loss: float | None = None,
@@ -99,25 +100,29 @@ def calibrate(
             log steps are used, n_checkpoints in all; or (step, model) pairs, all of which are used.
         data, components, loss_fn, chance_loss: as `estimate_llc` has them.
         sampler, momentum, batch_size, n_chains, canonicalize: kept in the recommended setting.
+        like: of its settings those that are said nowhere else are kept too: device, precision, memory, rmsprop's.
         n_workers: processes; the result does not depend on it.
 
     Raises:
         ComponentError, ConfigError, ShapeError: before any sampling.
     """
 
+    others = {} if like is None else {key: getattr(like, key) for key in KEPT}
+
     def settings(nbeta: float, localization: float, step_size: float, n_draws: int, n_burnin: int) -> LLCConfig:
         return LLCConfig(
             nbeta=nbeta, localization=localization, step_size=step_size, n_draws=n_draws, n_burnin=n_burnin,
             sampler=sampler, momentum=momentum, batch_size=batch_size, n_chains=n_chains, canonicalize=canonicalize,
+            **others,
         )  # fmt: skip
 
-    settings(1.0, 1.0, 1.0, N_DRAWS, 0)  # bad settings are refused before any work
+    any_setting = settings(1.0, 1.0, 1.0, N_DRAWS, 0)  # bad settings are refused before any work
     pairs = _chosen(models, data, n_checkpoints, seed) if isinstance(models, Trajectory) else list(models)
     if not pairs or not components or not nbetas or not localizations:
         raise ConfigError("nothing to calibrate on; give at least one model, component, nbeta and localization")
-    make = partial(make_problem, loss_fn=loss_fn, chance_loss=chance_loss, canonicalize=canonicalize)
-    cases = [_Case(step, make(model, data, component)) for step, model in pairs for component in components]
-    check_batch_size(settings(1.0, 1.0, 1.0, N_DRAWS, 0), len(cases[0].problem.init_losses))
+    how = {"loss_fn": loss_fn, "chance_loss": chance_loss, **as_set(any_setting)}
+    cases = [_Case(step, make_problem(model, data, one, **how)) for step, model in pairs for one in components]
+    check_batch_size(any_setting, len(cases[0].problem.init_losses))
 
     def everywhere(what: str, configs: Sequence[LLCConfig]) -> list[list[Trial]]:
         """Every setting at every case, as [setting][case]."""
@@ -127,7 +132,7 @@ def calibrate(
 
     every_cell = list(product(sorted(nbetas), sorted(localizations)))
     curvatures = _parallel([(_Case.curvature, case, seed) for case in cases], n_workers, "curvature", progress)
-    stiffness = SAMPLERS[sampler].stiffness(settings(1.0, 1.0, 1.0, N_DRAWS, 0))
+    stiffness = SAMPLERS[sampler].stiffness(any_setting)
 
     def least_relaxation(cell: Cell) -> float:
         """Steps to relax if the loss is nowhere sharper than at w*."""

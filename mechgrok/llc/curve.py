@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mechgrok import seeds
 from mechgrok.components import expand_names
 from mechgrok.config import LLCConfig
-from mechgrok.errors import ShapeError
+from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.estimate import estimate_group
 from mechgrok.llc.problem import groups
 from mechgrok.reproducible import reproducible
@@ -52,7 +52,8 @@ def llc_curve(
     else:
         found, names = {}, tuple(components)
         with reproducible(n_threads):
-            for step, model in trajectory:
+            for pair in trajectory:
+                step, model = _checked(pair)
                 if any(step == done for done, _, _ in found):
                     raise ShapeError(f"step {step} comes twice in the trajectory; give each step once")
                 names = expand_names(model, components)  # a bad one is refused before any sampling
@@ -60,6 +61,22 @@ def llc_curve(
                     estimates = estimate_group(model, examples, group, config=config, seed=point_seed(seed, step))
                     found |= {(step, one.component, config): one for one in estimates}
     return assemble_curve(found, dict.fromkeys(names, config))
+
+
+def _checked(pair: Any) -> "tuple[int, HookedTransformer]":
+    from transformer_lens import HookedTransformer
+
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ShapeError(f"trajectory must be (step, model) pairs, got {type(pair).__name__}; write [(0, model), ...]")
+    step, model = pair
+    if not isinstance(step, int | np.integer) or step < 0:
+        raise ShapeError(f"steps must be whole numbers from 0 on, got {step!r}")
+    if not isinstance(model, HookedTransformer):
+        raise ConfigError(
+            f"a curve needs HookedTransformers, got {type(model).__name__} at step {step}; call estimate_llc for each "
+            "and make an LLCCurve of what it returns"
+        )
+    return int(step), model
 
 
 def point_seed(seed: int, step: int) -> int:

@@ -62,8 +62,7 @@ def estimate_llc(
 
     Source: Lau et al. 2023 (arXiv:2308.12108); refined: Wang et al. 2024 (arXiv:2410.02984).
     """
-    if not isinstance(config, LLCConfig):
-        raise ConfigError(f"config must be an LLCConfig, got {type(config).__name__}; write LLCConfig(nbeta=..., ...)")
+    check_config(config)
     if isinstance(component, tuple):
         raise ComponentError('one component at a time: write "L0H0+L0H1" for both heads as one, or call this for each')
     problem = make_problem(model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, **as_set(config))
@@ -73,6 +72,12 @@ def estimate_llc(
         return estimate
     found, error = step_size_bias(estimate, estimate_problem(problem, config.halved(), seed))
     return replace(estimate, bias=found, bias_error=error)
+
+
+def check_config(config: object) -> None:
+    """Raise ConfigError for anything but settings."""
+    if not isinstance(config, LLCConfig):
+        raise ConfigError(f"config must be an LLCConfig, got {type(config).__name__}; write LLCConfig(nbeta=..., ...)")
 
 
 def estimate_group(

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Problem:
     """Losses of `module` on `tensors` as a function of a component's parameters, around their own values.
 
     components: one, or heads of one layer that share their batches. init_losses: Float64[example], nats,
-    at the module's own parameters w*. chance_loss: that of guessing, None if unknown.
+    at the module's own parameters w*. chance_loss: that of guessing, None if unknown. settings: memory_gb, precision
+    and device, where they are for the module's kind.
     """
 
     module: torch.nn.Module
@@ -36,6 +37,7 @@ class Problem:
     potential: Potential
     init_losses: Tensor
     chance_loss: float | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def component(self) -> Component:
@@ -56,6 +58,7 @@ class Problem:
             self.component,
             loss_fn=None if isinstance(data, Examples) else self.loss_fn,
             chance_loss=self.chance_loss,
+            **self.settings,
         )
 
 
@@ -76,6 +79,8 @@ def make_problem(
     Args:
         component: also the names of heads that one of `groups` puts together.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model must be a HookedTransformer or another torch module, got {type(model).__name__}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this torch sees no such device; install a CUDA build, or leave device out")
     if isinstance(data, Examples):
@@ -84,11 +89,18 @@ def make_problem(
                 "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
             )
         problem = _hooked(model, data, component, chance_loss, canonicalize, memory_gb * 1e9, precision, device)
+        problem = replace(problem, settings={"memory_gb": memory_gb, "precision": precision, "device": device})
     else:
         if loss_fn is None:
             raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
         if isinstance(data, Tensor):
             raise ShapeError("data must be a sequence of tensors; for a single one write (x,)")
+        if not isinstance(data, Sequence) or not all(isinstance(part, Tensor) for part in data):
+            got = {type(part).__name__ for part in data} if isinstance(data, Sequence) else {type(data).__name__}
+            raise ShapeError(
+                f"data must be Examples or a sequence of torch tensors, got {', '.join(sorted(got))}; "
+                "of arrays make tensors with torch.as_tensor"
+            )
         if canonicalize:
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
         if precision == "float64" or device != "cpu":

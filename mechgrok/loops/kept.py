@@ -32,10 +32,12 @@ def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
     numba by itself would take a loop from the cache if only files have changed that it calls, so each state of these
     folders and of this one has a place of its own.
     """
-    place = str(compiled_folder(Path(__file__).parent, *folders))
+    place = compiled_folder(Path(__file__).parent, *folders)
 
     def kept(loop: Callable[..., Any]) -> Any:
-        before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, place
+        if place is None:
+            return njit(**OPTIONS)(loop)
+        before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, str(place)
         try:
             return njit(cache=True, **OPTIONS)(loop)
         except RuntimeError:  # numba found no place for it
