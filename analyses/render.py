@@ -159,12 +159,14 @@ def health_note(study: Study) -> str:
     usable = int(stage_points(study.curve).sum())
     downhill = int(mine.sum()) - usable
     surely = f" {downhill} more are surely negative, as their chains ran downhill from w*." if downhill else ""
+    flat = healthy & study.curve.saturated
     few = f" Only {usable} were left, and stages need {MIN_POINTS}." if usable < MIN_POINTS else ""
     return (
         f"{int(healthy.sum())} of {healthy.size} estimates are healthy (crosses are not); "
         f"{int((~mine).sum())} of the model's were left out when the stages were found.{surely}{few}"
-        f" {int((healthy & study.curve.saturated).sum())} are saturated (open squares): there the loss is so flat at "
-        "the localization's scale that the estimate is all but proportional to nbeta. "
+        f" {int(flat.sum())} are saturated (open squares), {int(flat[study.curve.row('model')].sum())} of them the "
+        "model's: there the loss is so flat at the localization's scale that the estimate is all but proportional to "
+        "nbeta. "
         "`mechgrok llc RUN` lists both kinds with what to change."
     )
 
