@@ -105,9 +105,8 @@ def _rank_correlations(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     ranks, fixed = rankdata(rows, axis=1), rankdata(others)
     ranks, fixed = ranks - ranks.mean(1, keepdims=True), fixed - fixed.mean()
     with np.errstate(invalid="ignore"):
-        return (ranks @ fixed / np.sqrt((ranks**2).sum(1) * (fixed**2).sum())).round(
-            12
-        )  # .8 is .8, and holds against .8
+        found = ranks @ fixed / np.sqrt((ranks**2).sum(1) * (fixed**2).sum())
+    return found.round(12)  # .8 is .8, and holds against .8
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

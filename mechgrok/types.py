@@ -347,8 +347,8 @@ class Claim:
     null_quantile: share of random placements whose value is less in favour of the claim, ties
     counted half; .5 when the value does not depend on where the stages lie; None before scoring,
     and where there is nothing to compare.
-    chance: how probable it is that the claim holds where there is nothing to find, of claims whose value does not
-    depend on stages and where that is known: the level of a test, or one in so many of a first rank.
+    chance: how probable it is, where that is known, that the claim holds where there is nothing to find: the level of a
+    test, one in so many of a first rank, or a share of all orders.
     """
 
     text: str
