@@ -67,6 +67,8 @@ def load(name: str) -> Analysis:
 
 def check(names: Sequence[str], config: RunConfig) -> None:
     """Raise AnalysisError, before any work, if one of these is unknown or cannot read the configured task or model."""
+    if len(set(names)) < len(names):
+        raise AnalysisError(f"analyses come twice: {', '.join(names)}; give each once")
     asked = [load(name) for name in names]
     for analysis in asked:
         _check_task(analysis, config.task.name)
@@ -107,7 +109,7 @@ def run(name: str, study: Study, n_workers: int = 1) -> Report:
     split = with_kinds(study.split)
     facts = _prepared(analysis, final, split)
     steps = np.array(study.trajectory.steps)
-    work = partial(_measure, name, study.trajectory, split, facts)
+    work, n_workers = partial(_measure, name, study.trajectory, split, facts), min(n_workers, len(steps))
     shares = [study.trajectory.steps[first::n_workers] for first in range(n_workers)]
     found = {step: row for rows in each_result(work, shares, n_workers) for step, row in rows.items()}
     rows = [found[step] for step in study.trajectory.steps]

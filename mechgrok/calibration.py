@@ -1,7 +1,9 @@
 """The records of a calibration: what was tried, what is recommended, and why."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,3 +46,38 @@ class Calibration:
     final: tuple[Trial, ...]
     control: tuple[Trial, ...]
     acceptance: float | None
+
+
+def calibration_record(found: Calibration) -> dict[str, Any]:
+    """What JSON keeps of a calibration: settings, reasons, and a row for every trial, without its losses."""
+
+    def rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+        return [
+            {
+                "step": trial.step, "component": trial.estimate.component,
+                **{key: getattr(trial.estimate.config, key) for key in ("nbeta", "localization", "step_size")},
+                **{key: _finite(getattr(trial.estimate, key)) for key in ("llc", "std_error")},
+                "rise": _finite(trial.rise),
+                "health": {
+                    key: _finite(value) if isinstance(value, float) else value
+                    for key, value in asdict(trial.estimate.health).items()
+                },
+            }
+            for trial in trials
+        ]  # fmt: skip
+
+    return {
+        "recommended": found.recommended.model_dump(),
+        "sound": found.sound,
+        "reasons": list(found.reasons),
+        "acceptance": found.acceptance,
+        "sensitivity": [
+            {"nbeta": nbeta, "localization": localization, "slope": _finite(slope)}
+            for (nbeta, localization), slope in found.sensitivity.items()
+        ],
+        **{name: rows(getattr(found, name)) for name in ("grid", "steps", "final", "control")},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

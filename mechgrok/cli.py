@@ -40,7 +40,7 @@ def run(
     workers: Workers = None,
     scheduler: Scheduler = None,
     memory: Annotated[
-        float | None, typer.Option(help="GB that one estimate may take; by default the config's.")
+        float | None, typer.Option(min=0.001, help="GB that one estimate may take; by default the config's.")
     ] = None,
 ) -> None:
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
@@ -205,6 +205,7 @@ def check(
 
     if (against is None) == (write is None):
         raise ConfigError("give either --against BASELINE to compare or --write BASELINE to make one")
+    baseline = None if against is None else store.read_json(against)
     with _progress() as progress:
         study = _load(run_dir, progress)
         current = baseline_of(study, _analyse(study, study.config.analyses.names, progress))
@@ -212,7 +213,7 @@ def check(
         store.write_json(cast(Path, write), current)
         out.print(f"baseline: {write}", soft_wrap=True)
         return
-    moves = compare(store.read_json(against), current)
+    moves = compare(cast("dict[str, Any]", baseline), current)
     for move in moves:
         out.print(f"moved: {move}", soft_wrap=True)
     out.print(f"{len(moves)} moved" if moves else "nothing moved")
@@ -256,6 +257,7 @@ def _analyse(
     import analyses
     from analyses import contract
 
+    names = list(dict.fromkeys(names))
     for name in names:
         contract.load(name)
     reports = []

@@ -74,6 +74,8 @@ def head_names(model: HookedTransformer) -> list[str]:
 
 def expand_names(model: HookedTransformer, names: Sequence[str]) -> tuple[str, ...]:
     """The names with "heads" replaced by every head, each checked against the model."""
+    if isinstance(names, str):
+        raise ComponentError(f"components must be a sequence of names; for a single one write [{names!r}]")
     expanded = [one for name in names for one in (head_names(model) if name == "heads" else [name])]
     for name in expanded:
         component(model, name)

@@ -349,6 +349,8 @@ def load_config(source: "str | Path | RunConfig") -> RunConfig:
         return source
     if str(source) in preset_names():
         return parse_config((resources.files("mechgrok.presets") / f"{source}.toml").read_text(), str(source))
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"give a preset, the path of a .toml file, or a RunConfig, got {type(source).__name__}")
     path = Path(source)
     if path.suffix != ".toml":
         raise ConfigError(
@@ -380,6 +382,8 @@ def _one_sentence(error: ValidationError) -> str:
         key = ".".join(str(part) for part in path) or "settings"
         if problem["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}; remove it or correct its spelling")
+        elif problem["type"] == "string_pattern_mismatch":
+            problems.append(f"{key} must be of letters, digits and ._- and not begin with these ({problem['input']!r})")
         elif problem["type"] == "missing":
             problems.append(f"missing key {key!r}; state its value")
         elif problem["type"].startswith("union_tag"):

@@ -14,7 +14,7 @@ from typing import Any
 from joblib import cpu_count
 
 from mechgrok import seeds
-from mechgrok.calibration import Calibration
+from mechgrok.calibration import Calibration, calibration_record
 from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
 from mechgrok.errors import ConfigError, RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
@@ -25,7 +25,7 @@ from mechgrok.outside.sources import check_fits
 from mechgrok.plan import check_data, component_names, curve_of, plan_units, sampled_examples
 from mechgrok.schedule import alongside, check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, stage_points
-from mechgrok.store import RunDirectory, calibration_record
+from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.train import check_device, import_trajectory, load_trajectory, planned_steps, train
 from mechgrok.types import LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
@@ -102,7 +102,10 @@ def import_run(
     """
     config = load_config(config)
     if not isinstance(config.train, ImportedConfig):
-        raise ConfigError('[train] of the config describes training; for an import it is source = "imported" and steps')
+        raise ConfigError(
+            f'[train] of {config.name} describes training; for an import write source = "imported" and '
+            "checkpoints = [...], the steps"
+        )
     split, _ = _checked(config)
     found = open_source(source)
     check_fits(found, config.model, split, config.train.checkpoints)

@@ -47,7 +47,7 @@ def compare(baseline: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What moved from the baseline, one sentence each; empty if nothing did.
 
     Raises:
-        RunDirectoryError: the baseline is of another format or another configuration.
+        RunDirectoryError: the baseline is none, or of another format, configuration or checkpoints.
     """
     try:
         if baseline["format"] != FORMAT:
@@ -56,9 +56,11 @@ def compare(baseline: dict[str, Any], current: dict[str, Any]) -> list[str]:
             raise RunDirectoryError(
                 f"the baseline is of another configuration ({baseline['name']}); compare runs of the same preset"
             )
+        if baseline["steps"] != current["steps"]:
+            raise RunDirectoryError("the baseline has other checkpoints than the run; write it anew with --write")
         return [*_llc_moves(baseline, current), *_stage_moves(baseline, current), *_claim_moves(baseline, current)]
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise RunDirectoryError(f"the baseline is malformed ({error!r}); write it anew with --write") from None
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError):
+        raise RunDirectoryError("the baseline is malformed, or no baseline at all; write one with --write") from None
 
 
 def _points(llc: np.ndarray, std_error: np.ndarray) -> list[list[float | None]]:
@@ -92,7 +94,8 @@ def _llc_moves(baseline: dict[str, Any], current: dict[str, Any]) -> Iterator[st
                 if old != new:
                     yield f"LLC of {name} at step {step}: {_shown(old)} -> {_shown(new)}"
             elif abs(new[0] - old[0]) > z * (old[1] + new[1]):
-                yield f"LLC of {name} at step {step}: {_shown(old)} -> {_shown(new)} (apart at {z:.1f} standard errors)"
+                apart = f"intervals of {z:.1f} standard errors do not meet"
+                yield f"LLC of {name} at step {step}: {_shown(old)} -> {_shown(new)} ({apart})"
 
 
 def _shown(point: list[float | None]) -> str:

@@ -43,7 +43,7 @@ def each_result(
     with warnings.catch_warnings():
         # joblib takes a worker that has grown by 300 MB for a leak, and replaces it between two units: nothing is lost.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        yield from _processes(n_workers)(delayed(function)(item) for item in items)
+        yield from _processes(min(n_workers, max(1, len(items))))(delayed(function)(item) for item in items)
 
 
 def _processes(n: int) -> "Parallel":

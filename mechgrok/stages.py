@@ -149,6 +149,8 @@ def detect_stages(
         UnhealthyEstimateError: an estimate is unhealthy and `drop_unhealthy` is False.
         ComponentError, ShapeError: the curve lacks the component, or has too few points.
     """
+    if not isinstance(curve, LLCCurve):
+        raise ShapeError(f"curve must be an LLCCurve, got {type(curve).__name__}; write LLCCurve(steps=..., ...)")
     if not isinstance(config, StageConfig):
         raise ConfigError(f"config must be a StageConfig, got {type(config).__name__}; write StageConfig(plateau=...)")
     usable = usable_points(curve, component)

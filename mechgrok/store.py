@@ -20,11 +20,10 @@ altered is refused with its name rather than read.
 
 import hashlib
 import json
-import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +36,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mechgrok.calibration import Calibration, Trial
 from mechgrok.config import READ_LATER, LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
 from mechgrok.reproducible import made_with
@@ -86,11 +84,18 @@ class RunDirectory:
                 run.write_text(CONFIG, config.to_toml())
             return run
         if run.path.exists() and (not run.path.is_dir() or any(not _ours(p.name) for p in run.path.iterdir())):
-            raise RunDirectoryError(f"{run.path} exists and is not a mechgrok run; choose another --out")
+            lost = (run.path / "checkpoints").exists()
+            raise RunDirectoryError(
+                f"{run.path} has checkpoints but no {CONFIG}; put that back as it was, or choose another --out"
+                if lost
+                else f"{run.path} exists and is not a mechgrok run; choose another --out"
+            )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunDirectoryError(f"cannot make the run directory {run.path}: {error}") from None
+            raise RunDirectoryError(
+                f"cannot make the run directory {run.path}: {error}; choose another --out"
+            ) from None
         run.write_text(CONFIG, config.to_toml())
         return run
 
@@ -140,7 +145,12 @@ class RunDirectory:
 
     def makers(self) -> dict[str, list[dict[str, str]]]:
         """Versions and machines by part; empty for a run that did not keep them."""
-        return read_json(self.path / MAKERS) if (self.path / MAKERS).exists() else {}
+        try:
+            return read_json(self.path / MAKERS) if (self.path / MAKERS).exists() else {}
+        except RunDirectoryError:
+            raise RunDirectoryError(
+                f"{self.path / MAKERS} is damaged; delete it, and the run no longer tells what made it"
+            ) from None
 
     # ---- checkpoints
 
@@ -236,8 +246,8 @@ class RunDirectory:
             raise CheckpointError(f"{path} was altered since mechgrok wrote it (SHA-256 differs); {_REMEDY}")
         if record["config"] != self.digest:
             raise CheckpointError(
-                f"{path} belongs to another configuration than {self.path / CONFIG}, which was changed since; "
-                "put it back as it was, or choose another --out"
+                f"{path} belongs to another configuration than {self.path / CONFIG}; if that was changed in more than "
+                "stages and analyses, put it back as it was, or run it with another --out"
             )
         if has not in record:
             raise CheckpointError(f"{path} holds something else than its name says; {_REMEDY}")
@@ -250,41 +260,6 @@ def _ours(name: str) -> bool:
 
 
 _REMEDY = "delete that file and run `mechgrok run` again to make it anew"
-
-
-def calibration_record(found: Calibration) -> dict[str, Any]:
-    """What JSON keeps of a calibration: settings, reasons, and a row for every trial, without its losses."""
-
-    def rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-        return [
-            {
-                "step": trial.step, "component": trial.estimate.component,
-                **{key: getattr(trial.estimate.config, key) for key in ("nbeta", "localization", "step_size")},
-                **{key: _finite(getattr(trial.estimate, key)) for key in ("llc", "std_error")},
-                "rise": _finite(trial.rise),
-                "health": {
-                    key: _finite(value) if isinstance(value, float) else value
-                    for key, value in asdict(trial.estimate.health).items()
-                },
-            }
-            for trial in trials
-        ]  # fmt: skip
-
-    return {
-        "recommended": found.recommended.model_dump(),
-        "sound": found.sound,
-        "reasons": list(found.reasons),
-        "acceptance": found.acceptance,
-        "sensitivity": [
-            {"nbeta": nbeta, "localization": localization, "slope": _finite(slope)}
-            for (nbeta, localization), slope in found.sensitivity.items()
-        ],
-        **{name: rows(getattr(found, name)) for name in ("grid", "steps", "final", "control")},
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def run_directories(root: str | Path) -> list[Path]:
@@ -384,6 +359,8 @@ def _replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
+    except IsADirectoryError:
+        raise RunDirectoryError(f"cannot write {path}: it is a folder; give the name of a file") from None
     except OSError as error:
         raise RunDirectoryError(f"cannot write {path}: {error}; make room or choose another place") from None
     finally:

@@ -275,6 +275,7 @@ class LLCCurve:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
+        _expect(not isinstance(self.components, str), f"components must be names; write ({self.components!r},)")
         set_field(self, "components", tuple(self.components))
         set_field(self, "steps", np.asarray(self.steps))
         shape = (len(self.components), len(self.steps))

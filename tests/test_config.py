@@ -80,7 +80,7 @@ def test_toml_keeps_every_number_and_the_digest_tells_them_apart(nbeta, step, ga
         (("n_chains = 2", "n_chains = 1"), "n_chains"),
         (('"model",', ""), 'components must hold "model"'),
         (("control_localization = 400.0", "control_localization = 200.0"), "must differ"),
-        (('name = "tiny"', 'name = "../../etc"'), "name"),
+        (('name = "tiny"', 'name = "../../etc"'), "name must be of letters, digits and ._- and not begin with these"),
         (("p = 7", "p = "), "not valid TOML"),
     ],
 )

@@ -147,6 +147,9 @@ BAD = [
     ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())}, ConfigError, "call module.eval"),
     ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))}, ConfigError, "call module.eval"),
     ({"loss_fn": None}, ConfigError, "loss_fn"),
+    ({"loss_fn": "mse"}, ConfigError, "loss_fn must be a function .*got 'mse'"),
+    ({"loss_fn": lambda module, x: quadratic_loss(module, x).detach()}, ConfigError, "has no gradient"),
+    ({"loss_fn": lambda module, x: x + 1.0}, ConfigError, "has no gradient"),
     ({"loss_fn": lambda module, x: None}, ShapeError, "one loss per example .*got NoneType"),
     ({"component": ["L0H1"]}, ComponentError, r"a name, a Component or a dict of masks, got \['L0H1'\]"),
     ({"component": ("L0H0", "L0H1")}, ComponentError, "one component at a time"),
@@ -224,6 +227,7 @@ def test_a_unit_that_is_missing_brings_those_that_it_was_sampled_with(tiny_run) 
         ({"std_error": [[0.1, -0.1, 0.1]]}, "must not be negative"),
         ({"components": ("a", "a"), "llc": np.zeros((2, 3)), "std_error": np.zeros((2, 3))}, "components repeat"),
         ({"healthy": [[True, False]]}, "healthy must be"),
+        ({"components": "model"}, r"write \('model',\)"),
     ],
 )
 def test_a_curve_from_outside_arrays_is_checked(changes, message) -> None:
@@ -264,6 +268,19 @@ def test_a_trajectory_of_something_else_is_refused_before_any_sampling(models, e
     monkeypatch.setattr("mechgrok.llc.curve.estimate_group", lambda *_, **__: pytest.fail("sampled"))
     with pytest.raises(error, match=message):
         llc_curve(models, SPLIT.train, components=["model"], config=CONFIG, seed=0)
+
+
+def test_one_name_is_no_sequence_of_names() -> None:
+    with pytest.raises(ComponentError, match=r"write \['model'\]"):
+        llc_curve([(0, build())], SPLIT.train, components="model", config=CONFIG, seed=0)
+
+
+def test_a_module_whose_parameters_are_frozen_is_sampled_all_the_same() -> None:
+    module, config = Quadratic(torch.ones(3)), CONFIG.model_copy(update={"batch_size": None})
+    module.requires_grad_(False)
+    frozen = mg.estimate_llc(module, (torch.zeros(8),), loss_fn=quadratic_loss, config=config, seed=0)
+    moving = mg.estimate_llc(Quadratic(torch.ones(3)), (torch.zeros(8),), loss_fn=quadratic_loss, config=config, seed=0)
+    assert frozen.llc == moving.llc
 
 
 def test_a_curve_refuses_repeated_steps_and_components_and_bad_names() -> None:

@@ -146,6 +146,8 @@ def test_refusals(gaussian) -> None:
     module, centres, loss, _ = gaussian
     with pytest.raises(ConfigError, match="nothing to observe"):
         mg.observe(module, (centres,), {}, config=CONFIG, seed=0, loss_fn=loss)
+    with pytest.raises(ConfigError, match='as in {"test": examples}'):
+        mg.observe(module, (centres,), [(centres,)], config=CONFIG, seed=0, loss_fn=loss)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="config must be an LLCConfig, got dict"):
         mg.observe(module, (centres,), {"a": (centres,)}, config={}, seed=0, loss_fn=loss)  # type: ignore[arg-type]
     config = mg.LLCConfig(**(CONFIG.model_dump() | {"sampler": "sgld", "engine": "devinterp"}))

@@ -74,6 +74,9 @@ def test_each_kind_of_move_is_named(baseline: dict) -> None:
     [
         (lambda b: b.update(config="other"), "another configuration"),
         (lambda b: b.update(format=99), "format 99"),
+        (lambda b: b.update(steps=[step + 5000 for step in b["steps"]]), "other checkpoints than the run"),
+        (lambda b: b["steps"].pop(), "other checkpoints than the run"),
+        (lambda b: b.pop("format"), "malformed, or no baseline at all"),
         (lambda b: b.pop("stages"), "malformed"),
         (lambda b: b["llc"].update(model=[["a"]]), "malformed"),
         (lambda b: b.update(llc=[]), "malformed"),

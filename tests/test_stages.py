@@ -181,6 +181,11 @@ def test_numbers_that_are_not_finite_count_as_unhealthy() -> None:
         assert mg.detect_stages(holed, drop_unhealthy=True)
 
 
+def test_a_list_is_no_curve() -> None:
+    with pytest.raises(ShapeError, match="curve must be an LLCCurve, got list"):
+        mg.detect_stages([1.0, 2.0])  # type: ignore[arg-type]
+
+
 def test_a_number_is_no_stage_config() -> None:
     with pytest.raises(ConfigError, match="config must be a StageConfig, got float"):
         mg.detect_stages(curve(hump(X), 3.0, 0), 0.05)  # type: ignore[arg-type]

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mechgrok import pipeline, seeds
+from mechgrok.config import parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
-from mechgrok.store import RunDirectory, compiled_folder, read_json, run_directories
+from mechgrok.store import RunDirectory, compiled_folder, read_json, run_directories, write_json
 from mechgrok.types import CheckpointMetrics
 from tests.oracles import tiny_config
 
@@ -127,8 +128,8 @@ def test_a_changed_config_toml_is_blamed_and_not_the_files_made_before(copied: P
         pipeline.run(config, copied, n_workers=1)
     path = copied / "checkpoints" / "step-00000000.safetensors"
     assert str(error.value) == (
-        f"{path} belongs to another configuration than {config}, which was changed since; "
-        "put it back as it was, or choose another --out"
+        f"{path} belongs to another configuration than {config}; if that was changed in more than "
+        "stages and analyses, put it back as it was, or run it with another --out"
     )
 
 
@@ -140,6 +141,18 @@ def test_a_run_that_has_ended_is_read_without_the_device_that_made_it(
     (tmp_path / "llc.nc").touch()
     with pytest.raises(RunDirectoryError, match="is not a mechgrok run"):  # and not that cuda is missing
         pipeline.run(config, tmp_path, n_workers=1)
+
+
+def test_what_is_damaged_or_missing_is_named_with_what_to_do(copied: Path) -> None:
+    (copied / "made-with.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="made-with.json is damaged; delete it"):
+        pipeline.load_study(copied)
+    config = (copied / "config.toml").read_text()
+    (copied / "config.toml").unlink()
+    with pytest.raises(RunDirectoryError, match="has checkpoints but no config.toml; put that back as it was"):
+        RunDirectory.create(copied, parse_config(config, "config.toml"))
+    with pytest.raises(RunDirectoryError, match="it is a folder; give the name of a file"):
+        write_json(copied, {})
 
 
 def test_a_changed_config_is_refused_and_nothing_is_lost(tiny_run: tuple) -> None:

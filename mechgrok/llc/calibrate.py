@@ -195,7 +195,9 @@ def _parallel(jobs: Sequence[tuple], n_workers: int, what: str, progress: Progre
     from joblib import Parallel, delayed
 
     results = []
-    for result in Parallel(n_jobs=n_workers, return_as="generator")(delayed(job[0])(*job[1:]) for job in jobs):
+    for result in Parallel(n_jobs=min(n_workers, len(jobs)), return_as="generator")(
+        delayed(job[0])(*job[1:]) for job in jobs
+    ):
         results.append(result)
         progress(what, len(results), len(jobs))
     return results

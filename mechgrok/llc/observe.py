@@ -70,8 +70,8 @@ def observe(
         raise ConfigError("observables need mechgrok's own engine; leave engine out")
     problem = make_problem(model, data, component, loss_fn=loss_fn, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
-    if not observed:
-        raise ConfigError("nothing to observe; give at least one named set of examples")
+    if not isinstance(observed, Mapping) or not observed:
+        raise ConfigError('nothing to observe; give at least one named set of examples, as in {"test": examples}')
     others = {name: problem.on(examples) for name, examples in observed.items()}
 
     def losses_at(theta: torch.Tensor) -> torch.Tensor:

@@ -251,6 +251,8 @@ def _module(
             "the module is in train mode and has dropout or batch normalization, so its loss is random or depends on "
             "the other examples; call module.eval()"
         )
+    if not callable(loss_fn):
+        raise ConfigError(f"loss_fn must be a function (module, *batch) -> loss of each example, got {loss_fn!r}")
     resolved = _resolve(module, component)
     with torch.no_grad():
         init_losses = loss_fn(module, *tensors)
@@ -258,6 +260,11 @@ def _module(
         got = tuple(init_losses.shape) if isinstance(init_losses, Tensor) else type(init_losses).__name__
         raise ShapeError(f"loss_fn must return one loss per example [{len(tensors[0])}], got {got}")
     potential = ModulePotential(module, loss_fn, tensors, resolved)
+    if not potential.has_gradient():
+        raise ConfigError(
+            "the loss that loss_fn returns has no gradient by the module's parameters; compute it from them by torch's "
+            "operations, without detach, item, numpy or no_grad"
+        )
     return Problem(module, loss_fn, tensors, (resolved,), potential, init_losses.double(), chance)
 
 

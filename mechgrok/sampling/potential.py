@@ -44,6 +44,7 @@ class ModulePotential:
         frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self.anchor = extract(component, frozen)
         inside = _Loss(module, loss_fn)
+        self._inside, self._frozen = inside, frozen
         insert_component = inserter(component, frozen)
 
         def mean_and_losses(theta: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,15 @@ class ModulePotential:
 
         self._both = vmap(grad_and_value(mean_and_losses, has_aux=True), randomness="error")
         self._losses = vmap(lambda theta, *batch: mean_and_losses(theta, *batch)[1], randomness="error")
+
+    def has_gradient(self) -> bool:
+        """Whether torch can follow the losses back to any of the module's parameters."""
+        with torch.enable_grad():
+            own = {
+                f"module.{name}": value.clone().requires_grad_(value.is_floating_point())
+                for name, value in self._frozen.items()
+            }
+            return functional_call(self._inside, own, tuple(one[:1] for one in self._tensors)).requires_grad
 
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
