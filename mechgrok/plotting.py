@@ -25,10 +25,14 @@ def panels(n: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
 
 
 def developmental_axis(ax: Axes, stages: Sequence[Stage], ylabel: str) -> None:
-    """log(1 + step) on the x axis, stages as shaded bands, boundary intervals as brackets below."""
+    """log(1 + step) on the x axis over all that is drawn, stages as shaded bands, boundary intervals as brackets below.
+
+    There may be more than stages cover: at either end of a run there are none where no LLC could be measured.
+    """
     ax.set_xscale("function", functions=(np.log1p, np.expm1))
-    low, high = (stages[0].start, stages[-1].end) if stages else ax.get_xlim()
-    low = max(low, 0.0)
+    drawn = [*ax.dataLim.intervalx, *(edge for stage in stages for edge in (stage.start, stage.end))]
+    drawn = [edge for edge in drawn if np.isfinite(edge)] or [0.0, 1.0]
+    low, high = max(min(drawn), 0.0), max(drawn)
     ax.set_xlim(low, high)
     ax.set_xticks([tick for tick in (0, 1, 10, 100, 1000, 10_000, 100_000) if low <= tick <= high])
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

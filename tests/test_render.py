@@ -10,8 +10,9 @@ import pytest
 
 import analyses
 from analyses import contract, render
+from mechgrok import plotting
 from mechgrok.reproducible import made_with
-from mechgrok.types import Study
+from mechgrok.types import Stage, Study
 
 
 @pytest.fixture(scope="module", params=["tiny_run", "language_run"])
@@ -121,3 +122,15 @@ def test_rendering_twice_gives_the_same_page(a_run: tuple, reports: list) -> Non
 def test_a_run_without_stages_says_so(a_run: tuple, reports: list) -> None:
     study = replace(a_run[1], stages=())
     assert "No stage was found" in render.to_html(study, reports)
+
+
+def test_pictures_span_what_is_drawn_and_shade_what_stages_cover() -> None:
+    _, (ax,) = plotting.panels(1)
+    ax.plot([0, 10, 100, 3000], [1.0, 2.0, 3.0, 4.0])
+    plotting.developmental_axis(ax, [Stage("S1", "rising", 10.0, 100.0, None, None, 1.0, None)], "LLC")
+    assert ax.get_xlim() == (0, 3000)
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (10, 100)
+    _, (empty,) = plotting.panels(1)
+    plotting.developmental_axis(empty, [], "LLC")
+    assert empty.get_xlim() == (0, 1)
