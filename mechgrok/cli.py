@@ -246,7 +246,9 @@ def _load(run_dir: Path, progress: Callable[[str, int, int], None]) -> "Study":
     progress("reading the run", 0, 1)
     from mechgrok import pipeline
 
-    return pipeline.load_study(run_dir)
+    study = pipeline.load_study(run_dir)
+    progress("reading the run", 1, 1)
+    return study
 
 
 def _analyse(
