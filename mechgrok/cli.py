@@ -40,10 +40,12 @@ def run(
     workers: Workers = None,
     scheduler: Scheduler = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.001, help="GB that one estimate may take; by default the config's.")
+        float | None, typer.Option(help="GB that one estimate may take; by default the config's.")
     ] = None,
 ) -> None:
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
+    if memory is not None and not memory > 0:
+        raise ConfigError(f"--memory must be greater than 0, got {memory:g}")
     with _progress() as progress:
         progress("starting", 0, 1)  # TransformerLens takes seconds to import
         from analyses import contract

@@ -93,7 +93,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
     cases = {
         ("run", "modular-subtraction"): "unknown preset 'modular-subtraction'; presets are",
         ("run", tmp_path / "none.toml"): "cannot read the config",
-        ("run", "modular-addition-quick", "--memory", "-1"): "memory_gb: Input should be greater than 0",
+        ("run", "modular-addition-quick", "--memory", "-1"): "--memory must be greater than 0, got -1",
         ("run", toml("key.toml", "p = 7", "p = 7\nmodulus = 7")): "unknown key 'task.modulus'",
         ("run", toml("p.toml", "p = 7", "p = 8")): "p must be a prime of at least 5, got 8; try 11",
         ("run", toml("head.toml", '"heads"', '"L0H9"'), "--out", tmp_path / "head"): "llc.components: 'L0H9'",
