@@ -304,12 +304,12 @@ def conclude(counts: np.ndarray, llcs: np.ndarray, n_typed: int = 8) -> dict[str
 
 def test_the_claims_read_what_they_say() -> None:
     counts = np.arange(8)
-    agreeing, opposed = conclude(counts, counts * 1.0), conclude(counts, -counts * 1.0)
+    agreeing, opposed = conclude(counts, counts * 1.0), conclude(counts, 8.0 - counts)
     assert agreeing["planted multigrams a"] == 0.7 and agreeing["what is found at the"] == 0.9
     assert agreeing["heads that memorized"] < 0.01 < 0.9 < opposed["heads that memorized"]
     assert np.isnan(conclude(np.zeros(8), counts * 1.0)["heads that memorized"])
     assert agreeing["beside it: multigram"] == agreeing["heads that memorized"]
-    other = np.array([0, 1, 2, 3, 4, 5, -7, -6.0])  # two heads of another type have the smallest LLC
+    other = 8.0 + np.array([0, 1, 2, 3, 4, 5, -7, -6])  # two heads of another type have the smallest LLC
     found = conclude(counts, other, n_typed=6)
     assert found["beside it: multigram"] < 0.01 < 0.3 < found["heads that memorized"]
     assert np.isnan(conclude(counts, other, n_typed=4)["beside it: multigram"])  # too few
