@@ -32,9 +32,10 @@ def provenance(study: Study) -> dict[str, str]:
     they differ it is said which are whose.
     """
     makers = [(part, record) for part, records in study.made_with.items() for record in records]
-    makers.append(("report", made_with()))
+    now = made_with()
+    makers.append(("report", now))
     found = {"seed": str(study.config.seed), "config SHA-256": study.config.digest()}
-    for key in made_with():
+    for key in now:
         whose: dict[str, list[str]] = {}
         for part, record in makers:
             whose.setdefault(record.get(key, "unknown"), []).append(part)

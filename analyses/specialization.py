@@ -193,8 +193,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
     kind = series["is_induction"] & _beside(series, head)
     # Of heads that are all alike, each is first as often.
     chance = kind.sum() / _beside(series, head).sum() if np.isfinite(head) else float("nan")
-    shifts = (series[name] / series[f"{name}_error"] for name in ("final_specialization", "final_scaled"))
-    standard_errors = np.minimum(*shifts)
+    added, multiplied = (series[name] / series[f"{name}_error"] for name in ("final_specialization", "final_scaled"))
 
     def some(distribution: str) -> float:
         first = series["rank_probability"][names.index(distribution), :, 0]
@@ -215,7 +214,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         claim(
             f"the one that matches prefixes most specializes to {REPEATS} data (in standard errors, on the less "
             "favourable scale)",
-            last, lambda s: _at(standard_errors, names.index(REPEATS), head), 1.96, chance=0.025,
+            last, lambda s: _at(np.minimum(added, multiplied), names.index(REPEATS), head), 1.96, chance=0.025,
         ),
     ]  # fmt: skip
 

@@ -1,11 +1,13 @@
 """One estimator for the LLC, the wrLLC, the drLLC and the wdrLLC: component and examples are arguments."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
@@ -92,12 +94,12 @@ def estimate_group(
         return [estimate_llc(model, examples, component=name, config=config, seed=seed) for name in names]
     problem = make_problem(model, examples, names, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
-    return estimates_of(problem, config, _draw(problem, config, seed), seed)
+    return estimates_of(problem, config, draw(problem, config, seed), seed)
 
 
 def estimate_problem(problem: Problem, config: LLCConfig, seed: int) -> LLCEstimate:
     """`estimate_llc` of a problem that is made already."""
-    (estimate,) = estimates_of(problem, config, _draw(problem, config, seed), seed)
+    (estimate,) = estimates_of(problem, config, draw(problem, config, seed), seed)
     return estimate
 
 
@@ -142,13 +144,14 @@ def _estimate(
     )
 
 
-def _draw(problem: Problem, config: LLCConfig, seed: int) -> Draws:
+def draw(problem: Problem, config: LLCConfig, seed: int, observe: Callable[[Tensor], Tensor] | None = None) -> Draws:
+    """The chains of an estimate. observe: as `sample` takes it, by mechgrok's own engine alone."""
     if config.engine == "devinterp":
         from mechgrok.llc.devinterp_engine import devinterp_draws
 
         return devinterp_draws(problem, config, seed)
     with matmul_precision(config.precision):
-        return sample(problem.potential, config, seed, stream_names(config), members(problem))
+        return sample(problem.potential, config, seed, stream_names(config), members(problem), observe)
 
 
 def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, bool]:

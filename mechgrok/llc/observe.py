@@ -8,10 +8,8 @@ import torch
 
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
-from mechgrok.llc.estimate import as_set, check_config, estimates_of, members, stream_names
+from mechgrok.llc.estimate import as_set, check_config, draw, estimates_of
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
-from mechgrok.reproducible import matmul_precision
-from mechgrok.sampling.chains import sample
 from mechgrok.sampling.potential import LossFn
 from mechgrok.types import LLCEstimate
 
@@ -77,8 +75,7 @@ def observe(
     def losses_at(theta: torch.Tensor) -> torch.Tensor:
         return torch.cat([_losses(other, theta) for other in others.values()], dim=1)
 
-    with matmul_precision(config.precision):
-        draws = sample(problem.potential, config, seed, stream_names(config), members(problem), observe=losses_at)
+    draws = draw(problem, config, seed, observe=losses_at)
     (estimate,) = estimates_of(problem, config, draws, seed)
     sizes = [len(other.init_losses) for other in others.values()]
     parts = torch.stack(draws.observed, dim=1).split(sizes, dim=2)
