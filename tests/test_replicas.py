@@ -309,15 +309,10 @@ def test_rows_that_begin_alike_are_read_once(
     data, of, index = examples(model, scored), component(model, name), batches()
     fast = NetworkPotential(model, data, of, PLENTY)
     theta, plain = moved(fast.anchor), exactly(model, data, of)
-    seen = []
-    embedded = fast._embedded
-    monkeypatch.setattr(fast, "_embedded", lambda *given: seen.append(embedded(*given)) or seen[-1])
     for most, told_apart in ((1.0, True), (0.0, False)):
-        monkeypatch.setattr("mechgrok.replicas.whole.ALIKE", most)
+        monkeypatch.setattr("mechgrok.replicas.distinct.ALIKE", most)
         assert_same(fast, plain, theta, slice(None), index)
-        resid, which = seen[-1]
-        assert (which is not None) == told_apart
-        assert (resid.shape[1] < index.shape[1] * N_POS) == told_apart
+        assert (fast._distinct.of(index) is not None) == told_apart
 
 
 def test_losses_do_not_depend_on_unscored_targets() -> None:

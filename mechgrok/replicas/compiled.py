@@ -13,6 +13,7 @@ from mechgrok.loops.kept import flat, serves
 from mechgrok.loops.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
 from mechgrok.replicas import passes
 from mechgrok.replicas.cross_entropy import nats_of
+from mechgrok.replicas.distinct import Beginnings
 from mechgrok.replicas.linear import pairs_of
 from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
@@ -48,14 +49,30 @@ class Heads:
     before: -W_O of those, Float[head, d_head, d_model].
 
     What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
-    or the readout. own_read: W_O W of each replica, W being how that reads; before_read: -W_O W of those before.
+    or the readout. read: W by which it reads, None where it has no use for the rank; before_read: -W_O W of those before.
     """
 
     normalized: Tensor
     z: Tensor
     before: Linear
-    own_read: Linear | None = None
+    read: Linear | None = None
     before_read: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same where neurons and logits read heads of a last layer and no norm stands before them; see `direct`.
+
+    read, logits: W_in and W_U. kept: what is read besides, but for the logits' bias, of
+    each head and some examples, Float[head, example, scored, padded d_mlp + padded n_classes]. index: which of those
+    the batch has, Int[chain, example]. The readout that goes with it reads the neurons.
+    """
+
+    normalized: Tensor
+    read: Linear
+    logits: Linear
+    kept: Tensor
+    index: Tensor
 
 
 def layer_of(net: Network, layer: int, parameters: Parameters, moves: bool) -> Layer:
@@ -129,22 +146,22 @@ class Passes:
         layers: Sequence[Layer],
         readout: Linear,
         resid: Tensor,
-        heads: Heads | None,
+        heads: Heads | Direct | None,
         n_replicas: int,
         targets: Tensor,
         weights: Tensor,
-        which: Tensor | None = None,
+        begun: Beginnings | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(nats, total) as `cross_entropy` returns them, of every replica at the end of these layers.
 
         Args:
             resid: Float[chain or replica, row, d_model] before the first layer; with `heads` after its attention, at
-                the positions that are read afterwards.
+                the positions that are read afterwards. Of no use where these are `Direct`.
             targets, weights: [chain, row], at the scored positions.
-            which: where rows begin alike, those of resid are the distinct ones, Float[replica, distinct row, d_model],
-                and this says as which each row begins, Int[chain, row]; there is one replica in each chain.
+            begun: where rows begin alike, as which. Then what heads read, or else resid, of which each replica has its
+                own in a chain of its own, are the distinct ones, Float[chain, distinct row, d_model].
         """
-        job = _Job(self, tuple(layers), readout, resid, heads, n_replicas, targets, weights, which)
+        job = _Job(self, tuple(layers), readout, resid, heads, n_replicas, targets, weights, begun)
         moving = [part for linear in job.linears() if linear.moves for part in (linear.weight, linear.bias)]
         return _Run.apply(job, resid, *moving)
 
@@ -169,18 +186,35 @@ class _Job:
     layers: tuple[Layer, ...]
     readout: Linear
     resid: Tensor
-    heads: Heads | None
+    heads: Heads | Direct | None
     n_replicas: int
     targets: Tensor
     weights: Tensor
-    which: Tensor | None
+    begun: Beginnings | None
 
     def linears(self) -> list[Linear]:
         """Each that is there, once."""
         found = [getattr(layer, name) for layer in self.layers for name in LINEARS] + [self.readout]
-        if self.heads is not None:
-            found += [self.heads.before, self.heads.own_read, self.heads.before_read]
+        if isinstance(self.heads, Heads):
+            found += [self.heads.before, self.heads.before_read]
+        if isinstance(self.heads, Direct):
+            found += [self.heads.read, self.heads.logits]
         return [linear for linear in found if linear is not None]
+
+    def composed(self) -> dict[str, Linear]:
+        """W_O W for each W that reads heads through their rank, by its name in `passes.PASS`."""
+        found = {"own_read": self.heads.read} if self.heads is not None else {}
+        if isinstance(self.heads, Direct):
+            found["own_logits"] = self.heads.logits
+        shapes = {
+            name: (self.n_replicas, self.layers[0].out.weight.shape[1], reads.weight.shape[2])
+            for name, reads in found.items()
+            if reads is not None
+        }
+        return {
+            name: Linear(torch.empty(shape, device="meta"), None, moves=True, made=True)
+            for name, shape in shapes.items()
+        }
 
 
 class _Run(torch.autograd.Function):
@@ -205,42 +239,52 @@ class _Run(torch.autograd.Function):
 def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """(nats, the gradients by resid and by each moving part, None where it is not wanted)."""
     net, heads, n_replicas = job.by.net, job.heads, job.n_replicas
-    linears = job.linears()
+    linears, composed = job.linears(), job.composed()
     moves = [linear for linear in linears if linear.moves]
     half = any(wanted) and job.by.precision == "bfloat16"
     still = job.by.still([linear for linear in linears if not linear.moves], half)
-    own = Packed(moves, n_replicas, half)
+    own = Packed([*moves, *composed.values()], n_replicas, half)
     # Gradients lie one after another, in the order of what moves.
     shapes = [
         torch.Size((n_replicas, *part.shape[1:])) if want and part is not None else torch.Size((0,))
         for part, want in zip(moving, wanted[1:], strict=True)
     ]
+    shapes += [linear.weight.shape if any(wanted) else torch.Size((0,)) for linear in composed.values()]
     sizes = [shape.numel() for shape in shapes]
     begins = iter(at if size else -1 for at, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
     for linear in moves:
         own.places[id(linear)].update(dweight=next(begins), dbias=next(begins))
+    for linear in composed.values():
+        own.places[id(linear)]["dweight"] = next(begins)
     gradients = torch.empty(sum(sizes))
     dresid = torch.empty((n_replicas, *job.resid.shape[1:]) if wanted[0] else 0)
-    room = _Room(_at_once(net.n_pos), net)
-    spare = room.put(pairs_of(room.rows) * max(sum(linear.weight.shape[1:]) for linear in linears) if half else 0)
+    # Of heads that are read directly only the scored rows are wide.
+    n_wide = len(net.scored) if isinstance(heads, Direct) else net.n_pos
+    room = _Room(_at_once(n_wide), net)
+    most = max(room.rows, net.cfg.d_head)
+    spare = room.put(pairs_of(most) * max(sum(linear.weight.shape[1:]) for linear in linears) if half else 0)
     places = {linear: place | {"spare": spare} for linear, place in (still.places | own.places).items()}
     layers = np.array([_layer(layer, places, room) for layer in job.layers], passes.LAYER)
-    record = _pass(job, places, room)
+    record = _pass(job, composed, places, room)
     record["backward"], record["back_to_start"] = any(wanted), wanted[0]
     space = job.by.room(room.size)
     found = n_replicas, job.targets.shape[1]
     others, away = torch.empty(found), torch.empty(found)
-    x, z = (torch.empty(0),) * 2 if heads is None else (heads.normalized, heads.z)
+    x, resid, z, index = torch.empty(0), job.resid, torch.empty(0), torch.empty(0, dtype=torch.int64)
+    if isinstance(heads, Heads):
+        x, z = heads.normalized, heads.z
+    if isinstance(heads, Direct):
+        x, resid, index = heads.normalized, heads.kept, heads.index
     keys = (net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1))
-    which = torch.empty(0, dtype=torch.int64) if job.which is None else job.which
+    which = torch.empty(0, dtype=torch.int64) if job.begun is None else job.begun.which
     tensors = (
-        net.scored, net.every, *keys, still.flat, own.flat, x, job.resid, which, z, job.targets, job.weights,
+        net.scored, net.every, *keys, still.flat, own.flat, x, resid, which, z, index, job.targets, job.weights,
         space, others, away, gradients,
     )  # fmt: skip
     with without_denormals():
         passes.run(record[()], layers, *flat(*tensors), dresid.view(-1).numpy())
     parts = gradients.split(sizes) if sizes else ()
-    each = [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)]
+    each = [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)][: len(moving)]
     return nats_of(others, away), [dresid if wanted[0] else None, *each]
 
 
@@ -281,23 +325,29 @@ def _layer(layer: Layer, places: Mapping[int, dict[str, int]], room: _Room) -> A
     room.fill(
         record, hat=rows * cfg.d_model, inverse=rows, q_at=rows * width, rest_at=3 * rows * width,
         pattern=room.at_once * layer.n_heads * blocks * WIDTH * room.net.n_pos, z=rows * width,
-        mid=rows * cfg.d_model, mid_inverse=rows, active=rows * int(record["mlp_in"]["n_out"]),
+        mid=rows * cfg.d_model, mid_inverse=rows, active=rows * (cfg.d_mlp or 0),
     )  # fmt: skip
     return record
 
 
-def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
+def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[str, int]], room: _Room) -> Any:
     """The record of `passes.PASS`."""
-    net, rows, heads = job.by.net, room.rows, job.heads
+    net, rows, heads, first = job.by.net, room.rows, job.heads, job.layers[0] if job.layers else None
     cfg, n_pos = net.cfg, net.n_pos
     record = np.zeros((), passes.PASS)
     _norm(record["final_norm"], net.norm("ln_final", net.frozen))
     fill(record["readout"], job.readout, places)
-    if heads is not None:
+    for name in ("own_read", "own_logits"):
+        fill(record[name], composed.get(name), places)
+    if isinstance(heads, Direct):
+        fill(record["reads"], heads.read, places)
+        fill(record["reads_logits"], heads.logits, places)
+        record["low"], record["n_kept"] = passes.DIRECT, heads.kept.shape[1]
+    if isinstance(heads, Heads):
         fill(record["before"], heads.before, places)
-        fill(record["own_read"], heads.own_read, places)
         fill(record["before_read"], heads.before_read, places)
-        if heads.own_read is not None:
+        if heads.read is not None:
+            fill(record["reads"], heads.read, places)
             last = passes.READOUT if len(job.layers) == 1 else passes.NEXT
             record["low"] = last if job.layers[0].mlp_in is None else passes.MLP
     n_classes, width = job.readout.weight.shape[2], cfg.n_heads * cfg.d_head
@@ -309,20 +359,23 @@ def _pass(job: _Job, places: Mapping[int, dict[str, int]], room: _Room) -> Any:
     }  # fmt: skip
     for name, value in given.items():
         record[name] = value
-    if job.which is not None:
-        record["beginnings"]["n"] = n = job.resid.shape[1]
-        n_read = job.layers[0].rest.weight.shape[2]
+    if job.begun is not None and first is not None:
+        record["beginnings"]["n"] = n = job.begun.rows.shape[1]
+        record["beginnings"]["asking"] = job.begun.asking
+        every = n * job.n_replicas // len(job.targets)  # of all replicas in a chain
+        n_read, n_asked = (0 if one is None else every * one.weight.shape[2] for one in (first.rest, first.q))
         room.fill(
-            record["beginnings"], hat=n * cfg.d_model, inverse=n, read=n * n_read, dread=n * n_read,
-            dhat=n * cfg.d_model, dresid=n * cfg.d_model,
+            record["beginnings"], hat=n * cfg.d_model, inverse=n, dhat=n * cfg.d_model, dresid=n * cfg.d_model,
+            read=n_read, dread=n_read, asked=n_asked, dasked=n_asked,
         )  # fmt: skip
     widest = max(n_classes, 3 * width, cfg.d_mlp or 0)
     room.fill(
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
         turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos,
-        scaled=rows * max(cfg.d_model, cfg.d_head), scale=rows, tops=rows * -(-n_classes // classes), top=rows,
+        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows, tops=rows * -(-n_classes // classes), top=rows,
         origin=rows, target=rows, others=rows, along=rows,
+        made=cfg.d_head * widest, write=cfg.d_head * cfg.d_model, square=WIDTH * WIDTH,
     )  # fmt: skip
     return record
 

@@ -1,7 +1,7 @@
 """The heads of a layer, all at once: what they do not move is computed once and shared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
+from mechgrok.replicas.distinct import Beginnings, Distinct
 from mechgrok.replicas.network import Reads
 from mechgrok.replicas.packing import Linear
+from mechgrok.replicas.products import padded
 from mechgrok.types import Examples
 
 
@@ -47,6 +49,17 @@ class _Compiled:
     before: Linear
     read: Linear | None
     before_read: Linear | None
+
+
+@dataclass(frozen=True)
+class _Direct:
+    """Of heads of a last layer with an MLP and no norms after them; see `compiled.Direct`.
+
+    neurons: W_out W_U, by which the logits read the neurons, with b_U + b_out W_U. kept: of all examples, if it fits.
+    """
+
+    neurons: Linear
+    kept: Tensor | None
 
 
 class LayerHeads(Blockwise):
@@ -86,10 +99,21 @@ class LayerHeads(Blockwise):
         self._readout, self._bias = self._net.readout(self._net.frozen)
         self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
         self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
+        alike = self._compiled is not None and layer == 0
+        self._distinct = Distinct(self._net, self._tokens) if alike else None
+        if self._distinct is not None:
+            with torch.no_grad():
+                self._begun_as = model.blocks[layer].ln1(self._distinct.embed(self._net.frozen))[0]
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
+        neurons = self._neurons()
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
+        kept += 0 if neurons is None else n_queries * len(heads) * sum(self._read_directly())
         fits = self.n_examples * kept <= self._memory
         self._kept = self._run(self._all()) if fits else None
+        if neurons is not None:
+            self._direct: _Direct | None = _Direct(neurons, None if self._kept is None else self._besides(self._kept))
+        else:
+            self._direct = None
 
     def _compile(self, precision: Precision) -> "_Compiled":
         net, layers = self._net, range(self._layer + 1, self._net.cfg.n_layers)
@@ -103,13 +127,13 @@ class LayerHeads(Blockwise):
 
     def _numbers(self) -> int:
         if self._compiled is not None:  # activations take none
-            return self._net.n_pos * (2 * self._net.cfg.d_model + self._net.cfg.d_head)
+            besides = sum(self._read_directly()) if self._direct is not None and self._direct.kept is None else 0
+            return self._net.n_pos * (2 * self._net.cfg.d_model + self._net.cfg.d_head + besides)
         n_later = self._net.cfg.n_layers - 1 - self._layer
         return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
 
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         net, layer, frozen = self._net, self._layer, self._net.frozen
-        given = self._inputs(index)
         sizes = [shape.numel() for shape in self._shapes]
         parts = theta.view(len(self._heads), len(index), -1).split(sizes, dim=2)
         own = {
@@ -117,7 +141,8 @@ class LayerHeads(Blockwise):
             for name, part, shape in zip(HEAD_PARAMETERS, parts, self._shapes, strict=True)
         }
         if self._compiled is not None:
-            return self._compiled_nats(self._compiled, own, given, targets, weights)
+            return self._compiled_nats(self._compiled, own, index, targets, weights)
+        given = self._inputs(index)
         reads = self._reads({name: part.transpose(0, 1) for name, part in own.items()})
         z = net.heads(layer, given.normalized, reads, self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
@@ -132,9 +157,10 @@ class LayerHeads(Blockwise):
         return cross_entropy(norm(resid), readout, bias, targets, weights)
 
     def _compiled_nats(
-        self, by: "_Compiled", own: Mapping[str, Tensor], given: _Inputs, targets: Tensor, weights: Tensor
+        self, by: "_Compiled", own: Mapping[str, Tensor], index: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        net, layer = self._net, self._layer
+        net, layer, begun = self._net, self._layer, None if self._distinct is None else self._distinct.of(index)
+        pays = self._rank_pays(targets.shape[1])
         each = {name: part.flatten(0, 1)[:, None] for name, part in own.items()}  # [replica, head, ...], one head each
         read = self._reads(each)
         out = self._centred(each["W_O"].squeeze(1))
@@ -142,18 +168,63 @@ class LayerHeads(Blockwise):
             norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
             q=None if read.q is None else Linear(*read.q, moves=True, back=False),
             rest=Linear(*read.rest, moves=True, back=False),
-            out=Linear(out, moves=True),
+            out=Linear(out, moves=True, plain=True),
             n_heads=1,
             scale=net.scale(layer),
             **by.mlp,
         )
-        own_read = before_read = None
-        if by.read is not None and self._rank_pays(given.z.shape[2]):
-            # One product of all replicas' rows: torch would make one for each, and lay W out for each anew.
-            through = torch.mm(out.flatten(0, 1), by.read.weight[0]).unflatten(0, out.shape[:2])
-            own_read, before_read = Linear(through, moves=True), by.before_read
-        heads = compiled.Heads(given.normalized, given.z.flatten(0, 1), by.before, own_read, before_read)
-        return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights)
+        if self._direct is not None and pays:
+            first = replace(first, mlp_in=None, mlp_out=None)
+            kept, which = self._direct.kept, index
+            if kept is None:
+                kept, which = self._besides(self._inputs(index)), torch.arange(index.numel()).view(index.shape)
+            direct = compiled.Direct(self._normalized(index, begun), by.mlp["mlp_in"], by.readout, kept, which)
+            return by.passes((first,), self._direct.neurons, kept, direct, len(out), targets, weights, begun)
+        given = self._inputs(index)
+        low = (by.read, by.before_read) if pays else (None, None)
+        heads = compiled.Heads(self._normalized(index, begun), given.z.flatten(0, 1), by.before, *low)
+        return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
+
+    def _normalized(self, index: Tensor, begun: Beginnings | None) -> Tensor:
+        """What the layer's attention reads, Float[chain, row, d_model]; the distinct rows, where many begin alike."""
+        if self._distinct is None or begun is None:
+            return self._inputs(index).normalized
+        return self._begun_as[begun.rows]
+
+    def _neurons(self) -> Linear | None:
+        """W_out W_U with b_U + b_out W_U, if logits are to read neurons by them: no norm is in the way, and it is less
+        than to go by the residual stream.
+        """
+        net, cfg = self._net, self._net.cfg
+        if self._compiled is None or self._compiled.later or not self._compiled.mlp:
+            return None
+        if net.norm(f"blocks.{self._layer}.ln2", net.frozen).scaled or net.norm("ln_final", net.frozen).scaled:
+            return None
+        n_neurons, n_classes = self._compiled.mlp["mlp_in"].weight.shape[2], self._readout.shape[2]
+        if n_neurons * n_classes > cfg.d_model * (n_neurons + n_classes):
+            return None
+        out, readout = self._compiled.mlp["mlp_out"], self._compiled.readout
+        assert out.bias is not None and readout.bias is not None
+        bias = torch.matmul(out.bias, readout.weight) + readout.bias
+        return Linear(torch.matmul(out.weight, readout.weight), bias)
+
+    def _read_directly(self) -> tuple[int, int]:
+        cfg = self._net.cfg
+        return padded(cfg.d_mlp or 0), padded(self._readout.shape[2])
+
+    def _besides(self, given: _Inputs) -> Tensor:
+        """What neurons and logits read but for each head's output, Float[head, example, row, padded both]."""
+        n_rows, by = len(self._net.queries(self._layer)), self._compiled
+        n_neurons, n_logits = self._read_directly()
+        assert by is not None
+        kept = given.z.new_zeros(len(self._heads), given.resid.shape[0] * given.resid.shape[1], n_neurons + n_logits)
+        for reads, bias, at in ((by.mlp["mlp_in"], True, 0), (by.readout, False, n_neurons)):
+            shared = torch.matmul(given.resid.flatten(0, 1), reads.weight[0])
+            shared = shared + reads.bias[0] if bias else shared
+            for head, before in enumerate(self._before):
+                place = kept[head, :, at : at + shared.shape[1]]
+                torch.sub(shared, torch.mm(given.z[head].flatten(0, 1), before @ reads.weight[0]), out=place)
+        return kept.unflatten(1, (-1, n_rows))
 
     def _reads(self, own: Mapping[str, Tensor]) -> Reads:
         """Of the heads' parameters, Float[replica, head, ...]."""
@@ -168,6 +239,8 @@ class LayerHeads(Blockwise):
     def _rank_pays(self, n_rows: int) -> bool:
         """Whether reading a head through its rank saves more on these rows than W_O W and its gradient cost."""
         d_head, d_model = self._net.cfg.d_head, self._net.cfg.d_model
+        if self._direct is not None:
+            return n_rows * (2 * d_model - 3 * d_head) > 2 * d_head * d_model
         return n_rows * (2 * d_model - 4 * d_head - d_model / len(self._heads)) > 8 * d_head * d_model
 
     def _others(self, given: _Inputs) -> Tensor:

@@ -90,29 +90,35 @@ def _exponentials(p, first, n, n_rows, biases, bias, targets, at, room):
 
 @loop
 def loss(
-    p, low, own_z, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room, others, away, gradients
+    p, low, direct, own_z, active, replica, n_rows, z, mine, at, to, shared, own, targets,
+    weights, room, others, away, gradients
 ):  # fmt: skip
     """From the residual stream in the room after all layers: the losses, and the gradient by it in its place.
 
     Args:
         low: whether the logits see the head through its rank: base W_U + z p.before_read + own_z p.own_read, the first
             term being what `shared_logits` made, and the norm's scale apart.
+        direct: whether they are what was kept + own_z p.own_logits + neurons, from `active` on, p.readout. Then what is
+            left are gradients: by the neurons, in the wide room, and by own_z, in the narrow one.
         others, away: [replica, row]; receive the sum over all classes but the target of exp(y - top), and y - top of
             the target.
     """
     d = p.d_model
-    m, x = (p.own_read, own_z) if low else (p.readout, p.hat)
-    if not low:
+    m, x = (p.own_read, own_z) if low else (p.readout, active if direct else p.hat)
+    if not low and not direct:
         normalize(p.final_norm, room, p.resid, n_rows, d, room, p.hat, p.inverse)
     for row in range(n_rows):
         room[p.scale + row] = inverse_rms(p.final_norm, room, p.resid + row * d, d) if low else ONE
     biases, bias = bias_of(p.readout, replica, shared, own)
     for first in range(0, p.n_classes, p.classes):
         n, here = min(p.classes, p.n_classes - first), p.logits + first * n_rows
-        if low:
+        if low or direct:
             copy(room, p.base + first * n_rows, n_rows * n, room, here)
+        if low:
             weigh_some(p.before_read, first, n, replica // p.n_chains, shared, own, z, mine, n_rows, room, here, True)
-        weigh_some(m, first, n, replica, shared, own, room, x, n_rows, room, here, low)
+        if direct:
+            weigh_some(p.own_logits, first, n, replica, shared, own, room, own_z, n_rows, room, here, True)
+        weigh_some(m, first, n, replica, shared, own, room, x, n_rows, room, here, low or direct)
         _exponentials(p, first, n, n_rows, biases, bias, targets, at, room)
     for row in range(0, n_rows, WIDTH):
         left = min(WIDTH, n_rows - row)
@@ -122,9 +128,25 @@ def loss(
     if not p.backward:
         return
     _settle(p, n_rows, targets, weights, at, biases, bias, room)
-    dx = p.dz if low else p.narrow
+    dx = p.dz if low else (p.wide if direct else p.narrow)
     for first in range(0, p.n_classes, p.classes):
-        _classes_back(p, m, first, n_rows, replica, x, shared, own, room, gradients, dx)
+        n, here = min(p.classes, p.n_classes - first), p.logits + first * n_rows
+        by = p.tops + first // p.classes * n_rows
+        through = n <= m.n_in  # whatever is shorter is multiplied
+        if through:
+            _rows_times(room, here, n_rows, n, by, False, room, here)
+            for row in range(n_rows):
+                room[by + row] = ONE
+        if p.readout.dbias >= 0:
+            to = p.readout.dbias + replica * p.n_classes + first
+            product(gradients, to, n, True, room, by, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
+        _classes_back(p, m, first, n_rows, replica, x, through, shared, own, room, gradients, dx)
+        if direct:
+            _classes_back(
+                p, p.own_logits, first, n_rows, replica, own_z, through, shared, own, room, gradients, p.narrow
+            )
+    if direct:
+        return
     if low:
         for row in range(n_rows):
             dscale = room[p.along + row] if p.final_norm.scaled else ZERO
@@ -168,17 +190,18 @@ def _less(room, tops, n, top):
 
 
 @loop
-def _classes_back(p, m, first, n_rows, replica, x, shared, own, room, gradients, dx):
-    """What some classes add to the gradients of m and b_U, and to dx."""
+def _classes_back(p, m, first, n_rows, replica, x, through, shared, own, room, gradients, dx):
+    """What some classes add to the gradients of m and to dx; through: their own numbers are the gradient by now."""
     n, here, by = min(p.classes, p.n_classes - first), p.logits + first * n_rows, p.tops + first // p.classes * n_rows
+    if through:
+        linear_back_some(m, first, n, replica, shared, own, room, here, n_rows, room, dx, first > 0)
+        weight_gradient_some(m, first, n, replica, room, x, room, here, n_rows, gradients)
+        return
     linear_back_some(m, first, n, replica, shared, own, room, here, n_rows, room, p.scaled, False)
     _rows_times(room, p.scaled, n_rows, m.n_in, by, first > 0, room, dx)
     if m.dweight >= 0:
         _rows_times(room, x, n_rows, m.n_in, by, False, room, p.scaled)
         weight_gradient_some(m, first, n, replica, room, p.scaled, room, here, n_rows, gradients)
-    if p.readout.dbias >= 0:
-        to = p.readout.dbias + replica * p.n_classes + first
-        product(gradients, to, n, True, room, by, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
 
 
 @loop

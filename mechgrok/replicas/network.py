@@ -130,29 +130,10 @@ class Network:
 
     def embed(self, tokens: Tensor, parameters: Parameters) -> Tensor:
         """The residual stream before the first layer, of tokens Int[replica, example, pos]."""
-        resid = _rows_of(parameters["embed.W_E"], tokens.flatten(1))
+        resid = rows_of(parameters["embed.W_E"], tokens.flatten(1))
         if self.cfg.positional_embedding_type == "standard":
             resid = resid.unflatten(1, (-1, self.n_pos)) + parameters["pos_embed.W_pos"][:, None, : self.n_pos]
             return resid.flatten(1, 2)
-        return resid
-
-    def distinct(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(what distinct rows begin as, Int[chain, row], which each row begins as, Int[chain, example * pos]).
-
-        What: a token, or, with standard positions, position * d_vocab + token. Chains that have fewer are filled up.
-        """
-        if self.cfg.positional_embedding_type == "standard":
-            tokens = tokens + self.cfg.d_vocab * self.every
-        found = [torch.unique(one, return_inverse=True) for one in tokens.flatten(1)]
-        whats = torch.nn.utils.rnn.pad_sequence([what for what, _ in found], batch_first=True)
-        return whats, torch.stack([which for _, which in found])
-
-    def embed_distinct(self, whats: Tensor, parameters: Parameters) -> Tensor:
-        """The residual stream before the first layer, of distinct rows as `distinct` names them."""
-        d_vocab = self.cfg.d_vocab
-        resid = _rows_of(parameters["embed.W_E"], whats % d_vocab)
-        if self.cfg.positional_embedding_type == "standard":
-            resid = resid + _rows_of(parameters["pos_embed.W_pos"], whats // d_vocab)
         return resid
 
     def heads(self, layer: int, rows: Tensor, reads: Reads, which: Sequence[int] | None = None) -> Tensor:
@@ -269,7 +250,7 @@ class Network:
         return self.model.blocks[layer].attn
 
 
-def _rows_of(table: Tensor, which: Tensor) -> Tensor:
+def rows_of(table: Tensor, which: Tensor) -> Tensor:
     """Rows Int[replica, n] of Float[replica or 1, row, d]: Float[replica, n, d]."""
     first = torch.arange(len(which), device=which.device)[:, None] * (table.shape[1] if len(table) > 1 else 0)
     return torch.nn.functional.embedding(which + first, table.flatten(0, 1))

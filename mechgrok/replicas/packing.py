@@ -19,13 +19,16 @@ class Linear:
     """x W + b. weight: Float[replica or 1, n_in, n_out]; bias: Float[replica or 1, pos or 1, n_out].
 
     moves: each replica has its own. What does not move is the same object in every call, as it is packed once.
-    back: whether the gradient by x is asked for.
+    back: whether the gradient by x is asked for. plain: W lies there row by row too.
+    made: by the passes themselves; `weight` tells the shape alone.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     moves: bool = False
     back: bool = True
+    plain: bool = False
+    made: bool = False
 
 
 class Packed:
@@ -40,7 +43,7 @@ class Packed:
         self._linears, self._size = linears, 0
         self.places: dict[int, dict[str, int]] = {}
         weights: list[tuple[int, Tensor, bool]] = []
-        biases: list[tuple[int, Tensor]] = []
+        plain: list[tuple[int, Tensor]] = []
         for linear in linears:
             place = self.places[id(linear)] = {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)}
             weight = linear.weight.detach()
@@ -48,21 +51,25 @@ class Packed:
             wanted = {"weight": (n_in, n_out)} | ({"turned": (n_out, n_in)} if linear.back else {})
             for name, (height, n_lanes) in wanted.items():
                 place[name] = self._next(len(weight) * (pairs_of(height) if half else height) * padded(n_lanes))
-                weights.append((place[name], weight, name == "turned"))
+                if not linear.made:
+                    weights.append((place[name], weight, name == "turned"))
+            if linear.plain:
+                place["plain"] = self._next(padded(weight.numel()))
+                plain.append((place["plain"], weight))
             if linear.bias is not None:
                 bias = linear.bias.detach()
                 bias = bias if len(bias) > 1 else bias.expand(len(weight), -1, -1)
                 place["bias"] = self._next(padded(bias.numel()))
-                biases.append((place["bias"], bias))
+                plain.append((place["bias"], bias))
         self.flat = torch.empty(self._size + WIDTH)
         room = np.zeros(WIDTH * WIDTH, np.float32)
         for at, weight, turned in weights:
             numbers, apart = _flat(weight)
-            _lay_out(
+            lay_out(
                 numbers.numpy(), len(weight), apart, *weight.shape[1:], turned, half, room, self.flat[at:].numpy()
             )  # fmt: skip
-        for at, bias in biases:
-            self.flat[at : at + bias.numel()].view(bias.shape).copy_(bias)
+        for at, numbers in plain:
+            self.flat[at : at + numbers.numel()].view(numbers.shape).copy_(numbers)
 
     def holds(self, linears: Sequence[Linear]) -> bool:
         """Whether it is of these very ones."""
@@ -74,7 +81,7 @@ class Packed:
 
 
 @kept
-def _lay_out(matrices, n, apart, n_rows, n_columns, turned, half, room, out):
+def lay_out(matrices, n, apart, n_rows, n_columns, turned, half, room, out):
     """Each of n matrices, `apart` from one another, or its transpose: sixteen columns, and the next sixteen after them.
 
     The columns left over at the end are never read. half: each two rows of it, or of the transpose, as one of pairs of

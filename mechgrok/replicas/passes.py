@@ -7,17 +7,20 @@ All arrays are flat; `LAYER` and `PASS` are records that say where in them the n
 
 import numpy as np
 
-from mechgrok.loops.lanes import WIDTH, added, gated, larger, load, minus, plus, spread, store, times
+from mechgrok.loops.lanes import WIDTH, added, load, minus, plus, spread, store, times
 from mechgrok.replicas.beginnings import BEGINNINGS, begin, end_beginnings, hand_back, read_beginnings
+from mechgrok.replicas.composed import compose, compose_back
+from mechgrok.replicas.direct import neurons, neurons_back, take_kept
 from mechgrok.replicas.fused import attention, attention_backward, kept
 from mechgrok.replicas.linear import MATRIX, bias_of, clear_gradient, linear, linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import loss, shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import ZERO, clear, copy, loop
+from mechgrok.replicas.products import ZERO, clear, copy, gate, loop, rectify
 
 AT_A_TIME = 16  # rows that stay in the first cache with what a layer reads of them
-# What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank.
-MLP, NEXT, READOUT = 1, 2, 3
+# What reads the residual stream next after heads that stand in for the model's own, and sees them through their rank;
+# DIRECT: both MLP and readout do, as `direct` tells.
+MLP, NEXT, READOUT, DIRECT = 1, 2, 3, 4
 
 # Of one layer: what reads, `q` where only some positions are queries and the rest of q, k, v; W_O; the MLP, n_in 0
 # where there is none; and from `hat` on where in the room its activations are kept for the backward pass.
@@ -34,17 +37,19 @@ LAYER = np.dtype(
     align=True,
 )  # fmt: skip
 # Of the pass: sizes, the readout, where in the room is what needs no keeping; and given, that the first layer is heads
-# that stand in for the model's own; low, who reads them through their rank (0: nobody); which gradients are wanted.
+# that stand in for the model's own; low, who reads them through their rank (0: nobody); of how many examples DIRECT's
+# readers know what they read besides; which gradients are wanted.
 PASS = np.dtype(
     [
-        ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("own_read", MATRIX), ("before_read", MATRIX),
+        ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("before_read", MATRIX),
+        ("reads", MATRIX), ("own_read", MATRIX), ("reads_logits", MATRIX), ("own_logits", MATRIX),
         ("beginnings", BEGINNINGS),
         *(
             (name, np.int64)
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
                 "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores",
-                "base", "scaled", "low",
+                "base", "scaled", "low", "n_kept", "made", "write", "square",
                 # Of `loss`: how many classes at once; and for each row its norm's scale, the largest logit, by classes
                 # and so far, the first of these, the target's, and the sums over the others.
                 "classes", "scale", "tops", "top", "origin", "target", "others", "along",
@@ -195,6 +200,9 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared,
             normalize(layer.norm, room, p.resid, n_all, p.d_model, room, layer.hat, layer.inverse)
         _read(p, layer, replica, n_examples, scored, shared, own, room)
     _attend(p, layer, n_examples, n_keys, room)
+    if p.low == DIRECT:
+        neurons(p, layer, replica, n_rows, shared, own, room)
+        return
     if layer.some and not begun and (i > 0 or not p.given):
         _rows_at(room, p.resid, n_examples, p.n_pos, scored, p.d_model, room, p.resid)
     linear(layer.out, replica, shared, own, room, layer.z, n_rows, room, p.resid, True)
@@ -208,9 +216,7 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared,
     else:
         normalize(layer.mlp_norm, room, p.resid, n_rows, p.d_model, room, layer.mid, layer.mid_inverse)
         linear(layer.mlp_in, replica, shared, own, room, layer.mid, n_rows, room, layer.active, False)
-    nothing = spread(ZERO)
-    for c in range(0, n_rows * layer.mlp_in.n_out, WIDTH):  # ReLU; the room ends later than the last row
-        store(room, layer.active + c, WIDTH, larger(nothing, load(room, layer.active + c, WIDTH, ZERO)))
+    rectify(room, layer.active, n_rows * layer.mlp_in.n_out)
     linear(layer.mlp_out, replica, shared, own, room, layer.active, n_rows, room, p.resid, True)
 
 
@@ -219,12 +225,12 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
     """The gradient by the residual stream in the room, after layer i -> before it, if anything asks; and by weights."""
     layer, own_z = layers[i], layers[0].z
     n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
-    if layer.mlp_in.n_in > 0:
+    if p.low == DIRECT:
+        neurons_back(p, layer, replica, n_rows, shared, own, room, gradients)
+    elif layer.mlp_in.n_in > 0:
         linear_gradient(layer.mlp_out, replica, room, layer.active, room, p.resid, n_rows, gradients)
         linear_back(layer.mlp_out, replica, shared, own, room, p.resid, n_rows, room, p.wide, False)
-        for c in range(0, n_rows * layer.mlp_in.n_out, WIDTH):
-            grown = load(room, layer.active + c, WIDTH, ZERO)
-            store(room, p.wide + c, WIDTH, gated(grown, load(room, p.wide + c, WIDTH, ZERO)))
+        gate(room, layer.active, n_rows * layer.mlp_in.n_out, room, p.wide)
         if p.low == MLP and i == 0:  # where a neuron is off, what it read does not matter
             _low_read_back(
                 p, layer.mlp_norm, layer.mlp_in, replica, n_rows, own_z, layer.mid, layer.mid_inverse, layer.active,
@@ -236,11 +242,12 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
             normalize_back(
                 layer.mlp_norm, room, p.narrow, n_rows, p.d_model, room, layer.mid, layer.mid_inverse, room, p.resid
             )
-    linear_gradient(layer.out, replica, room, layer.z, room, p.resid, n_rows, gradients)
-    low = p.low > 0 and i == 0
-    if low:
-        copy(room, p.dz, n_rows * layer.out.n_in, room, p.narrow)
-    linear_back(layer.out, replica, shared, own, room, p.resid, n_rows, room, p.narrow, low)
+    if p.low != DIRECT:
+        low = p.low > 0 and i == 0
+        linear_gradient(layer.out, replica, room, layer.z, room, p.resid, n_rows, gradients)
+        if low:
+            copy(room, p.dz, n_rows * layer.out.n_in, room, p.narrow)
+        linear_back(layer.out, replica, shared, own, room, p.resid, n_rows, room, p.narrow, low)
     _attend_back(p, layer, n_examples, n_keys, room)
     if p.low == NEXT and i == 1:
         _low_read_back(
@@ -272,12 +279,13 @@ def _clear(p, layers, replica, gradients):
         clear_gradient(layers[i].mlp_in, replica, gradients)
         clear_gradient(layers[i].mlp_out, replica, gradients)
     clear_gradient(p.own_read, replica, gradients)
+    clear_gradient(p.own_logits, replica, gradients)
     clear_gradient(p.readout, replica, gradients)
 
 
 @kept
 def run(
-    p, layers, scored, every, keys, some_keys, shared, own, x, resid, which, z, targets, weights,
+    p, layers, scored, every, keys, some_keys, shared, own, x, resid, which, z, index, targets, weights,
     room, others, away, gradients, dresid,
 ):  # fmt: skip
     """The loss of every replica on its chain's examples, through all layers, and its gradients.
@@ -288,7 +296,9 @@ def run(
         shared, own: packed weights. x: where p.given, what the first layer reads, Float[chain, row, d_model].
         resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
             after its attention, to which z, Float[replica, row, d_head], times p.before is added.
-        which: where p.beginnings.n > 0, the row of resid that each row begins as, Int[chain, row], a replica a chain.
+        which: where p.beginnings.n > 0, the row of x, if given, or of resid, that each row begins as, Int[chain, row].
+        index: where p.low == DIRECT, which of the examples in resid each is, Int[chain, example]; resid is then what
+            neurons and logits read but for the heads, Float[head, example, scored, neurons and logits, padded].
         targets, weights: [chain, row]. room: for everything between.
         others, away: [replica, row], as `loss` tells them.
         gradients: of weights. dresid: [replica, row, d_model], where p.back_to_start.
@@ -297,11 +307,9 @@ def run(
     first_rows = p.n_scored if n_layers == 0 or (p.given and layers[0].some) else p.n_pos
     n_resid, n_scored = p.n_examples * first_rows * d, p.n_examples * p.n_scored
     each = len(resid) > p.n_chains * n_resid
-    own_z, begun = layers[0].z if p.given else 0, p.beginnings.n > 0
+    own_z, begun, direct = layers[0].z if p.given else 0, p.beginnings.n > 0, p.low == DIRECT
     queries = scored if begun and layers[0].some else every
     for chain in range(p.n_chains):
-        if begun:
-            read_beginnings(p, layers[0], chain, shared, own, resid, room)
         for first in range(0, p.n_examples, p.at_once):
             n = min(p.at_once, p.n_examples - first)
             n_first, n_rows, start = n * first_rows, n * p.n_scored, chain * n_resid + first * first_rows * d
@@ -311,25 +319,34 @@ def run(
                 weigh(layers[1].rest, 0, shared, own, resid, start, n_first, room, p.base, False)
             elif p.low == READOUT:
                 shared_logits(p, shared, own, resid, start, n_first, room)
-            if p.given:
+            if p.given and not begun:
                 copy(x, (chain * p.n_examples + first) * p.n_pos * d, n * p.n_pos * d, room, layers[0].hat)
             for replica in range(chain, p.n_replicas, p.n_chains):
                 if p.backward and first == 0:
                     _clear(p, layers, replica, gradients)
-                mine, here = 0, (chain * p.n_examples + first) * p.n_pos
+                member, mine, here = replica // p.n_chains, 0, (chain * p.n_examples + first) * p.n_pos
+                if begun and first == 0:
+                    read_beginnings(p, layers[0], replica, shared, own, x if p.given else resid, room)
+                if p.low > 0 and first == 0:
+                    compose(p, p.own_read, layers[0].out, p.reads, replica, shared, own, room)
+                    if direct:
+                        compose(p, p.own_logits, layers[0].out, p.reads_logits, replica, shared, own, room)
                 if begun:
-                    begin(p, layers[0], replica, n, queries, which, here, shared, own, resid, room)
-                else:
+                    begin(p, layers[0], replica, n, every, queries, which, here, shared, own, resid, room)
+                if direct:
+                    take_kept(p, layers[0], member, n, index, chain * p.n_examples + first, resid, room)
+                elif p.given or not begun:
                     copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
-                if p.given:
+                if p.given and not direct:
                     mine = (replica * p.n_examples + first) * first_rows * layers[0].d_head
-                    linear(p.before, replica // p.n_chains, shared, own, z, mine, n_first, room, p.resid, True)
+                    linear(p.before, member, shared, own, z, mine, n_first, room, p.resid, True)
                 for i in range(n_layers):
                     seen = some_keys if layers[i].some else keys
                     _forward(p, layers, i, replica, n, scored, seen, z, mine, shared, own, room)
                 at, to = chain * n_scored + first * p.n_scored, replica * n_scored + first * p.n_scored
                 loss(
-                    p, p.low == READOUT, own_z, replica, n_rows, z, mine, at, to, shared, own, targets, weights, room,
+                    p, p.low == READOUT, direct, own_z, layers[0].active, replica, n_rows, z, mine, at, to,
+                    shared, own, targets, weights, room,
                     others, away, gradients,
                 )  # fmt: skip
                 if not p.backward:
@@ -338,9 +355,14 @@ def run(
                     seen = some_keys if layers[i].some else keys
                     _backward(p, layers, i, replica, n, scored, seen, shared, own, room, gradients)
                 if begun:
-                    hand_back(p, layers[0], replica, n, queries, which, here, shared, own, room, gradients)
-                elif p.back_to_start:
+                    hand_back(p, layers[0], replica, n, every, queries, which, here, room, gradients)
+                    if first + n == p.n_examples:
+                        end_beginnings(p, layers[0], replica, shared, own, room, gradients, dresid)
+                if p.low > 0 and first + n == p.n_examples:
+                    compose_back(p, p.own_read, layers[0].out, p.reads, replica, shared, own, room, gradients)
+                    if direct:
+                        write = layers[0].out
+                        compose_back(p, p.own_logits, write, p.reads_logits, replica, shared, own, room, gradients)
+                if p.back_to_start and not begun:
                     back = (replica * p.n_examples + first) * first_rows * d
                     copy(room, p.resid, n_first * d, dresid, back)
-        if begun and p.backward:
-            end_beginnings(p, layers[0], chain, shared, own, room, gradients, dresid)

@@ -6,7 +6,7 @@ from typing import Any
 from numba.extending import overload, register_jitable
 
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, into_dots, load, number, plus, spread, store
+from mechgrok.loops.lanes import WIDTH, gated, into_dots, larger, load, number, plus, spread, store
 from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
 
 ZERO, ONE = number(0), number(1)
@@ -141,3 +141,20 @@ def clear(out, to, n):
     nothing = spread(ZERO)
     for c in range(0, n, WIDTH):
         store(out, to + c, min(WIDTH, n - c), nothing)
+
+
+@loop
+def rectify(x, at, n):
+    """x = max(x, 0), n numbers."""
+    nothing = spread(ZERO)
+    for c in range(0, n, WIDTH):
+        left = min(WIDTH, n - c)
+        store(x, at + c, left, larger(nothing, load(x, at + c, left, ZERO)))
+
+
+@loop
+def gate(x, at, n, y, of):
+    """y = 0 where x is not positive, n numbers."""
+    for c in range(0, n, WIDTH):
+        left = min(WIDTH, n - c)
+        store(y, of + c, left, gated(load(x, at + c, left, ZERO), load(y, of + c, left, ZERO)))

@@ -12,12 +12,11 @@ from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.cross_entropy import cross_entropy
+from mechgrok.replicas.distinct import Distinct
 from mechgrok.replicas.network import Parameters
 from mechgrok.replicas.packing import Linear
 from mechgrok.sampling.potential import extract, inserter
 from mechgrok.types import Component, Examples
-
-ALIKE = 0.5  # of the rows of a batch at most so many distinct ones, and each is read once
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class NetworkPotential(Blockwise):
         self._insert = _inserter(component, {name: own[name] for name in self._moved})
         self._first = _first_layer(self._moved, model.cfg.n_layers)
         self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
+        alike = self._compiled is not None and self._first is None and model.cfg.n_layers > 0
+        self._distinct = Distinct(self._net, self._tokens) if alike else None
         kept = self.n_examples * self._net.n_pos * model.cfg.d_model
         self._kept = self._run(self._all()) if self._first is not None and kept <= self._memory else None
 
@@ -79,9 +80,13 @@ class NetworkPotential(Blockwise):
 
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         net = self._net
-        parameters, which = {**net.frozen, **self._insert(theta)}, None
-        if self._first is None:
-            resid, which = self._embedded(theta, index, parameters)
+        parameters = {**net.frozen, **self._insert(theta)}
+        distinct = self._distinct if len(theta) == len(index) else None  # a chain's rows are then one replica's
+        begun = None if distinct is None else distinct.of(index)
+        if distinct is not None and begun is not None:
+            resid = distinct.embed(parameters, begun.rows)
+        elif self._first is None:
+            resid = net.embed(self._tokens[index], parameters)
         elif self._kept is None:
             resid = self._run(index)
         else:
@@ -91,19 +96,10 @@ class NetworkPotential(Blockwise):
             still = self._compiled
             each = [still.layers[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
             readout = still.readout or compiled.readout_of(net, parameters, True)
-            return still.passes(each, readout, resid, None, len(theta), targets, weights, which)
+            return still.passes(each, readout, resid, None, len(theta), targets, weights, begun)
         for layer in layers:
             resid = net.layer(layer, resid, parameters)
         return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
-
-    def _embedded(self, theta: Tensor, index: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
-        """The residual stream before the first layer; where enough rows begin alike, the distinct ones and which."""
-        net, tokens = self._net, self._tokens[index]
-        if self._compiled is not None and net.cfg.n_layers and len(theta) == len(index):
-            whats, which = net.distinct(tokens)
-            if whats.shape[1] <= ALIKE * which.shape[1]:
-                return net.embed_distinct(whats, parameters), which
-        return net.embed(tokens, parameters), None
 
     @torch.no_grad()
     def _run(self, index: Tensor) -> Tensor:

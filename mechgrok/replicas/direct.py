@@ -1,0 +1,53 @@
+"""Heads of a last layer whose MLP and logits no norm stands before, as loops that numba compiles.
+
+Neurons and logits are then straight functions of z: what else they read is the same at every step, so it is made once
+for all examples and kept, and the residual stream itself is never made. Neurons write to logits by W_out W_U.
+"""
+
+from numba.extending import register_jitable
+
+from mechgrok.loops.lanes import WIDTH, prefetch
+from mechgrok.replicas.linear import linear_back, linear_gradient, weigh
+from mechgrok.replicas.products import copy, gate, loop, padded, rectify
+
+AHEAD = 4  # rows
+
+
+@register_jitable
+def _kept_at(p, member, index, at, row, width):
+    """Where begins what is kept of a row of these examples."""
+    example = member * p.n_kept + index[at + row // p.n_scored]
+    return (example * p.n_scored + row % p.n_scored) * width
+
+
+@loop
+def take_kept(p, layer, member, n_examples, index, at, kept, room):
+    """What is kept of these examples, to where the neurons and the logits, some classes after others, are made."""
+    n_neurons, n_rows = p.own_read.n_out, n_examples * p.n_scored
+    logits = padded(n_neurons)
+    width = logits + padded(p.n_classes)
+    for row in range(n_rows):
+        # The examples lie anywhere, so no processor foresees which is next.
+        ahead = min(row + AHEAD, n_rows - 1)
+        for c in range(0, width, WIDTH):
+            prefetch(kept, _kept_at(p, member, index, at, ahead, width) + c)
+        of = _kept_at(p, member, index, at, row, width)
+        copy(kept, of, n_neurons, room, layer.active + row * n_neurons)
+        for first in range(0, p.n_classes, p.classes):
+            n = min(p.classes, p.n_classes - first)
+            copy(kept, of + logits + first, n, room, p.base + first * n_rows + row * n)
+
+
+@loop
+def neurons(p, layer, replica, n_rows, shared, own, room):
+    """Of the MLP, from z and what was kept."""
+    weigh(p.own_read, replica, shared, own, room, layer.z, n_rows, room, layer.active, True)
+    rectify(room, layer.active, n_rows * p.own_read.n_out)
+
+
+@loop
+def neurons_back(p, layer, replica, n_rows, shared, own, room, gradients):
+    """Add to dz, in the narrow room, what comes by the neurons, whose gradient is in the wide one."""
+    gate(room, layer.active, n_rows * p.own_read.n_out, room, p.wide)
+    linear_gradient(p.own_read, replica, room, layer.z, room, p.wide, n_rows, gradients)
+    linear_back(p.own_read, replica, shared, own, room, p.wide, n_rows, room, p.narrow, True)
