@@ -49,7 +49,7 @@ class Heads:
     before: -W_O of those, Float[head, d_head, d_model].
 
     What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
-    or the readout. read: W by which it reads, None where it has no use for the rank; before_read: -W_O W of those before.
+    or the readout. read: W by which it reads, None where the rank is of no use; before_read: -W_O W before.
     """
 
     normalized: Tensor
@@ -373,7 +373,8 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
         turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos,
-        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows, tops=rows * -(-n_classes // classes), top=rows,
+        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows, tops=rows * -(-n_classes // classes),
+        top=rows,
         origin=rows, target=rows, others=rows, along=rows,
         made=cfg.d_head * widest, write=cfg.d_head * cfg.d_model, square=WIDTH * WIDTH,
     )  # fmt: skip

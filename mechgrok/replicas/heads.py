@@ -218,9 +218,9 @@ class LayerHeads(Blockwise):
         n_neurons, n_logits = self._read_directly()
         assert by is not None
         kept = given.z.new_zeros(len(self._heads), given.resid.shape[0] * given.resid.shape[1], n_neurons + n_logits)
-        for reads, bias, at in ((by.mlp["mlp_in"], True, 0), (by.readout, False, n_neurons)):
-            shared = torch.matmul(given.resid.flatten(0, 1), reads.weight[0])
-            shared = shared + reads.bias[0] if bias else shared
+        bias = by.mlp["mlp_in"].bias[0]
+        for reads, add, at in ((by.mlp["mlp_in"], bias, 0), (by.readout, 0.0, n_neurons)):
+            shared = torch.matmul(given.resid.flatten(0, 1), reads.weight[0]) + add
             for head, before in enumerate(self._before):
                 place = kept[head, :, at : at + shared.shape[1]]
                 torch.sub(shared, torch.mm(given.z[head].flatten(0, 1), before @ reads.weight[0]), out=place)

@@ -10,8 +10,8 @@ from mechgrok.loops.lanes import WIDTH, halves, load, pairs, store
 from mechgrok.replicas.products import ZERO, clear, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
-# n_bias of them, used in turn; plain: where W does row by row, if it does; all in the array `own` if it moves, otherwise in `shared`. each: one after another for
-# each replica; otherwise one serves all. dweight, dbias: where their gradients go, one replica's after another; or -1.
+# n_bias of them, used in turn; plain: where W does row by row, if it does; all in the array `own` if it moves, else in
+# `shared`. each: one after another for each replica; otherwise one serves all. dweight, dbias: where their gradients go, one replica's after another; or -1.
 # half: products are of bfloat16s and their sums of float32s, and W lies there in pairs of rows; b is as ever. spare:
 # where in the array of what comes out, or of its gradient, there is room for such pairs.
 MATRIX = np.dtype(
