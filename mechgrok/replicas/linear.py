@@ -11,7 +11,8 @@ from mechgrok.replicas.products import ZERO, clear, loop, padded, product, produ
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
 # n_bias of them, used in turn; plain: where W does row by row, if it does; all in the array `own` if it moves, else in
-# `shared`. each: one after another for each replica; otherwise one serves all. dweight, dbias: where their gradients go, one replica's after another; or -1.
+# `shared`. each: one after another for each replica; otherwise one serves all.
+# dweight, dbias: where their gradients go, one replica's after another; or -1.
 # half: products are of bfloat16s and their sums of float32s, and W lies there in pairs of rows; b is as ever. spare:
 # where in the array of what comes out, or of its gradient, there is room for such pairs.
 MATRIX = np.dtype(
