@@ -315,6 +315,27 @@ def test_rows_that_begin_alike_are_read_once(
         assert (fast._distinct.of(index) is not None) == told_apart
 
 
+@pytest.mark.parametrize("memory", [PLENTY, 0.0])
+@pytest.mark.parametrize("positions", ["standard", "shortformer"])
+@pytest.mark.parametrize("scored", ["all", "last", "some"])
+def test_neurons_and_logits_read_heads_directly_where_no_norm_is_between(
+    scored: str, positions: str, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(n_layers=1, d_mlp=7, normalization_type=None, positional_embedding_type=positions)
+    data, index = examples(model, scored), batches()
+    monkeypatch.setattr("mechgrok.replicas.distinct.ALIKE", 1.0)  # heads of the first layer read distinct rows
+    fast = LayerHeads(model, data, 0, range(2), memory)
+    assert fast._direct is not None and (fast._direct.kept is None) == (memory == 0.0)
+    assert fast._distinct is not None and fast._distinct.of(index) is not None
+    theta = moved(fast.anchor)
+    for pays in (True, False):
+        fast._rank_pays = lambda n_rows, pays=pays: pays  # type: ignore[method-assign]
+        for head in range(2):
+            plain = exactly(model, data, component(model, f"L0H{head}"))
+            assert_same(fast, plain, theta, slice(head * N_CHAINS, (head + 1) * N_CHAINS), index)
+    assert LayerHeads(build(n_layers=1, d_mlp=7), data, 0, [0], memory)._direct is None  # its LayerNorm is between
+
+
 def test_losses_do_not_depend_on_unscored_targets() -> None:
     model = build()
     data = examples(model, "some")
