@@ -41,11 +41,12 @@ def read_beginnings(p, layer, replica, shared, own, rows, room):
         copy(rows, replica % p.n_chains * b.n * d, b.n * d, room, b.hat)
     else:
         normalize(layer.norm, rows, replica * b.n * d, b.n, d, room, b.hat, b.inverse)
-        clear(room, b.dresid, b.n * d)
     read, asked = _of(p, replica, b.read, b.n, layer.rest), _of(p, replica, b.asked, b.n, layer.q)
-    dread, dasked = _of(p, replica, b.dread, b.n, layer.rest), _of(p, replica, b.dasked, b.n, layer.q)
-    clear(room, dread, b.n * layer.rest.n_out)
-    clear(room, dasked, b.n * layer.q.n_out)
+    if p.backward:
+        clear(room, _of(p, replica, b.dread, b.n, layer.rest), b.n * layer.rest.n_out)
+        clear(room, _of(p, replica, b.dasked, b.n, layer.q), b.n * layer.q.n_out)
+        if not p.given:
+            clear(room, b.dresid, b.n * d)
     for first in range(0, b.n, at_once):
         n, at = min(at_once, b.n - first), b.hat + first * d
         weigh(layer.rest, replica, shared, own, room, at, n, room, read + first * layer.rest.n_out, False)

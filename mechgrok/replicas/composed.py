@@ -2,7 +2,7 @@
 
 from mechgrok.replicas.linear import linear_back, pairs_of, weigh
 from mechgrok.replicas.packing import lay_out
-from mechgrok.replicas.products import copy, loop, padded, row_plus
+from mechgrok.replicas.products import loop, padded, row_plus
 
 
 @loop
@@ -20,7 +20,6 @@ def compose(p, m, out, reads, replica, shared, own, room):
 @loop
 def compose_back(p, m, out, reads, replica, shared, own, room, gradients):
     """Add to the gradient by W_O what comes by m."""
-    n, n_write = m.n_in * m.n_out, m.n_in * out.n_out
-    copy(gradients, m.dweight + replica * n, n, room, p.made)
-    linear_back(reads, replica, shared, own, room, p.made, m.n_in, room, p.write, False)
+    at, n_write = m.dweight + replica * m.n_in * m.n_out, m.n_in * out.n_out
+    linear_back(reads, replica, shared, own, gradients, at, m.n_in, room, p.write, False)
     row_plus(room, p.write, True, gradients, out.dweight + replica * n_write, n_write)

@@ -4,20 +4,8 @@ Neurons and logits are then straight functions of z: what else they read is the 
 for all examples and kept, and the residual stream itself is never made. Neurons write to logits by W_out W_U.
 """
 
-from numba.extending import register_jitable
-
-from mechgrok.loops.lanes import WIDTH, prefetch
 from mechgrok.replicas.linear import linear_back, linear_gradient, weigh
 from mechgrok.replicas.products import copy, gate, loop, padded, rectify
-
-AHEAD = 4  # rows
-
-
-@register_jitable
-def _kept_at(p, member, index, at, row, width):
-    """Where begins what is kept of a row of these examples."""
-    example = member * p.n_kept + index[at + row // p.n_scored]
-    return (example * p.n_scored + row % p.n_scored) * width
 
 
 @loop
@@ -27,11 +15,8 @@ def take_kept(p, layer, member, n_examples, index, at, kept, room):
     logits = padded(n_neurons)
     width = logits + padded(p.n_classes)
     for row in range(n_rows):
-        # The examples lie anywhere, so no processor foresees which is next.
-        ahead = min(row + AHEAD, n_rows - 1)
-        for c in range(0, width, WIDTH):
-            prefetch(kept, _kept_at(p, member, index, at, ahead, width) + c)
-        of = _kept_at(p, member, index, at, row, width)
+        example = member * p.n_kept + index[at + row // p.n_scored]
+        of = (example * p.n_scored + row % p.n_scored) * width
         copy(kept, of, n_neurons, room, layer.active + row * n_neurons)
         for first in range(0, p.n_classes, p.classes):
             n = min(p.classes, p.n_classes - first)

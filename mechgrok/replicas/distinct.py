@@ -29,18 +29,20 @@ class Distinct:
     """
 
     def __init__(self, net: Network, tokens: Tensor):
-        self._d_vocab = net.cfg.d_vocab
+        self._tokens, self._d_vocab = tokens, net.cfg.d_vocab
         self._placed = net.cfg.positional_embedding_type == "standard"
-        what = tokens + self._d_vocab * net.every if self._placed else tokens
-        self._what, self._number = torch.unique(what, return_inverse=True)
+        self._start = self._d_vocab * net.every if self._placed else 0
+        found = torch.zeros(self._d_vocab * (net.n_pos if self._placed else 1), dtype=torch.bool, device=tokens.device)
+        found[tokens + self._start] = True
+        self._what, self._number = found.nonzero().squeeze(1), found.cumsum(0) - 1
         first = int(net.queries(0)[0]) if self._placed else 0
         self._asks = self._what >= self._d_vocab * first
 
     def of(self, index: Tensor) -> Beginnings | None:
         """Of the examples Int[chain, example]; None where too few begin alike for it to pay."""
-        numbers = self._number[index].flatten(1)
-        if len(self._what) > SPARSE * numbers.shape[1]:
+        if len(self._what) > SPARSE * index.shape[1] * self._tokens.shape[1]:
             return None
+        numbers = self._number[self._tokens[index] + self._start].flatten(1)
         there = numbers.new_zeros(len(index), len(self._what)).scatter_(1, numbers, 1)
         n = int(there.sum(1).max())
         if n > ALIKE * numbers.shape[1]:

@@ -107,7 +107,7 @@ class LayerHeads(Blockwise):
         cfg, n_queries = model.cfg, len(self._net.queries(layer))
         neurons = self._neurons()
         kept = self._net.n_pos * cfg.d_model + n_queries * (cfg.d_model + len(heads) * cfg.d_head)
-        kept += 0 if neurons is None else n_queries * len(heads) * sum(self._read_directly())
+        kept += 0 if neurons is None else n_queries * len(heads) * sum(self._widths())
         fits = self.n_examples * kept <= self._memory
         self._kept = self._run(self._all()) if fits else None
         if neurons is not None:
@@ -127,7 +127,7 @@ class LayerHeads(Blockwise):
 
     def _numbers(self) -> int:
         if self._compiled is not None:  # activations take none
-            besides = sum(self._read_directly()) if self._direct is not None and self._direct.kept is None else 0
+            besides = sum(self._widths()) if self._direct is not None and self._direct.kept is None else 0
             return self._net.n_pos * (2 * self._net.cfg.d_model + self._net.cfg.d_head + besides)
         n_later = self._net.cfg.n_layers - 1 - self._layer
         return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
@@ -173,23 +173,37 @@ class LayerHeads(Blockwise):
             scale=net.scale(layer),
             **by.mlp,
         )
-        if self._direct is not None and pays:
-            first = replace(first, mlp_in=None, mlp_out=None)
-            kept, which = self._direct.kept, index
-            if kept is None:
-                kept, which = self._besides(self._inputs(index)), torch.arange(index.numel()).view(index.shape)
-            direct = compiled.Direct(self._normalized(index, begun), by.mlp["mlp_in"], by.readout, kept, which)
-            return by.passes((first,), self._direct.neurons, kept, direct, len(out), targets, weights, begun)
+        direct = self._direct if pays else None
+        if direct is not None and direct.kept is not None and begun is not None:
+            return self._read_directly(first, self._begun_as[begun.rows], direct.kept, index, targets, weights, begun)
         given = self._inputs(index)
+        normalized = given.normalized if begun is None else self._begun_as[begun.rows]
+        if direct is not None:
+            kept, which = direct.kept, index
+            if kept is None:
+                kept, which = self._besides(given), torch.arange(index.numel()).view(index.shape)
+            return self._read_directly(first, normalized, kept, which, targets, weights, begun)
         low = (by.read, by.before_read) if pays else (None, None)
-        heads = compiled.Heads(self._normalized(index, begun), given.z.flatten(0, 1), by.before, *low)
+        heads = compiled.Heads(normalized, given.z.flatten(0, 1), by.before, *low)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
 
-    def _normalized(self, index: Tensor, begun: Beginnings | None) -> Tensor:
-        """What the layer's attention reads, Float[chain, row, d_model]; the distinct rows, where many begin alike."""
-        if self._distinct is None or begun is None:
-            return self._inputs(index).normalized
-        return self._begun_as[begun.rows]
+    def _read_directly(
+        self,
+        first: compiled.Layer,
+        normalized: Tensor,
+        kept: Tensor,
+        index: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        begun: Beginnings | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The losses where neurons and logits read the heads of this layer directly, as `compiled.Direct` says."""
+        by, direct = self._compiled, self._direct
+        assert by is not None and direct is not None
+        first = replace(first, mlp_in=None, mlp_out=None)
+        heads = compiled.Direct(normalized, by.mlp["mlp_in"], by.readout, kept, index)
+        n_replicas = len(first.out.weight)
+        return by.passes((first,), direct.neurons, kept, heads, n_replicas, targets, weights, begun)
 
     def _neurons(self) -> Linear | None:
         """W_out W_U with b_U + b_out W_U, if logits are to read neurons by them: no norm is in the way, and it is less
@@ -208,14 +222,14 @@ class LayerHeads(Blockwise):
         bias = torch.matmul(out.bias, readout.weight) + readout.bias
         return Linear(torch.matmul(out.weight, readout.weight), bias)
 
-    def _read_directly(self) -> tuple[int, int]:
-        cfg = self._net.cfg
-        return padded(cfg.d_mlp or 0), padded(self._readout.shape[2])
+    def _widths(self) -> tuple[int, int]:
+        """Of what is kept of a row: neurons and logits, padded."""
+        return padded(self._net.cfg.d_mlp or 0), padded(self._readout.shape[2])
 
     def _besides(self, given: _Inputs) -> Tensor:
         """What neurons and logits read but for each head's output, Float[head, example, row, padded both]."""
         n_rows, by = len(self._net.queries(self._layer)), self._compiled
-        n_neurons, n_logits = self._read_directly()
+        n_neurons, n_logits = self._widths()
         assert by is not None
         kept = given.z.new_zeros(len(self._heads), given.resid.shape[0] * given.resid.shape[1], n_neurons + n_logits)
         bias = by.mlp["mlp_in"].bias[0]
