@@ -22,7 +22,7 @@ from mechgrok.replicas.products import ZERO
 from mechgrok.replicas.whole import NetworkPotential
 from mechgrok.reproducible import without_denormals
 from mechgrok.sampling.potential import Potential
-from tests.test_replicas import N_CHAINS, N_EXAMPLES, PLENTY, build, examples, moved
+from tests.test_replicas import N_CHAINS, N_EXAMPLES, PLENTY, build, exactly, examples, moved
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -112,7 +112,9 @@ def test_blocks_of_any_number_of_examples_give_the_same(
 @pytest.mark.parametrize("size", [1.0, 200.0])
 @pytest.mark.parametrize("d_vocab_out", [16, 41])
 def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen at once or all, also where the largest logit of some lies hundreds below that of others."""
+    """Sixteen at once or all, also where the largest logit of some, as of the first ones that others are seen from, lies
+    hundreds below that of others: more than an exponential in float32 can hold.
+    """
     model = build(d_vocab_out=d_vocab_out)
     model.unembed.W_U.data *= size
     data = examples(model, "some")
@@ -127,6 +129,9 @@ def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypa
         torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert losses.isfinite().all() and gradient.isfinite().all()
+    exact, _ = exactly(model, data, component(model, "model")).losses_and_grad(theta.double(), index)
+    torch.testing.assert_close(losses, exact, rtol=3e-5, atol=3e-5)
+    assert (float(exact.max()) > 200) == (size > 1)
 
 
 def test_what_an_earlier_call_left_in_the_room_is_not_seen() -> None:

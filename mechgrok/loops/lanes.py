@@ -13,6 +13,7 @@ from numba.extending import intrinsic, models, register_model
 WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 INTS = ir.VectorType(ir.IntType(32), WIDTH)
+_BY_LN_2 = 1.4426950408889634
 CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
 
 _FEATURES = binding.get_host_cpu_features()
@@ -20,7 +21,7 @@ HAS_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))  # whether `dots` is one instru
 HAS_AMX = bool(_FEATURES.get("amx-bf16"))  # whether there are faster ones, which torch's products have
 
 number = np.float32
-LEAST = number(-87)  # below this `exp` stays where it is, at 1e-38
+LEAST, MOST = number(-87), number(88)  # beyond these `exp` stays where it is, at 1e-38 and 1e38
 
 
 class Lanes(types.Type):
@@ -302,18 +303,21 @@ def largest(builder, x):
 
 @operation(lanes)
 def exp(builder, x):
-    """exp x for x <= 0, to 1.2e-7 of it; x below LEAST counts as LEAST. NaN stays NaN.
+    """exp x, to 1e-7 of it; x below LEAST counts as LEAST, above MOST as MOST. NaN stays NaN.
 
-    2^n exp(r) with n = round(x / ln 2), and a polynomial for r; its coefficients are those of Cephes' expf.
+    2^n 2^r with n = round(x / ln 2), and a polynomial for 2^r, |r| <= 1/2, within 2e-9 of it.
     """
-    x = builder.select(builder.fcmp_ordered("<", x, constant(LEAST)), constant(LEAST), x)
-    n = call(builder, "rint.v16f32", FLOATS, builder.fmul(x, constant(1.4426950408889634)))
-    r = fma(builder, n, constant(-0.693359375), x)  # ln 2 in two parts, the first exact
-    r = fma(builder, n, constant(number(2.12194440e-4)), r)
-    series = constant(number(1.9875691500e-4))
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+    # As the constants of comparisons come first, NaN in x stays.
+    x = builder.select(builder.fcmp_ordered(">", constant(LEAST), x), constant(LEAST), x)
+    x = builder.select(builder.fcmp_ordered("<", constant(MOST), x), constant(MOST), x)
+    rounder = constant(2**23 + 2**22)  # added to this a number loses its fraction, and n stands in the last bits
+    shifted = fma(builder, x, constant(number(_BY_LN_2)), rounder)
+    n = builder.fsub(shifted, rounder)
+    # 1 / ln 2 in two parts; LLVM by itself would round the product, as it is there already.
+    r = call(builder, "fma.v16f32", FLOATS, x, constant(number(_BY_LN_2)), builder.fneg(n))
+    r = fma(builder, x, constant(number(_BY_LN_2 - float(number(_BY_LN_2)))), r)
+    series = constant(number(1.53533616e-4))
+    for c in (1.33988745e-3, 9.61843736e-3, 5.55033247e-2, 2.40226479e-1, 6.93147203e-1, 1.0):
         series = fma(builder, series, r, constant(number(c)))
-    series = fma(builder, series, builder.fmul(r, r), builder.fadd(r, constant(1)))
-    # Added to this, n + 127 stands in the last bits; moved up by 23 it is the exponent of 2^n.
-    bits = builder.bitcast(builder.fadd(n, constant(2**23 + 2**22 + 127)), INTS)
-    return builder.fmul(series, builder.bitcast(builder.shl(bits, constant(23, INTS)), FLOATS))
+    exponent = builder.shl(builder.bitcast(shifted, INTS), constant(23, INTS))
+    return builder.bitcast(builder.add(builder.bitcast(series, INTS), exponent), FLOATS)

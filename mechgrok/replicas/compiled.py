@@ -1,7 +1,7 @@
 """`passes` as a function that torch differentiates: weights are packed, records filled, gradients given back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -203,18 +203,17 @@ class _Job:
 
     def composed(self) -> dict[str, Linear]:
         """W_O W for each W that reads heads through their rank, by its name in `passes.PASS`."""
-        found = {"own_read": self.heads.read} if self.heads is not None else {}
-        if isinstance(self.heads, Direct):
-            found["own_logits"] = self.heads.logits
-        shapes = {
-            name: (self.n_replicas, self.layers[0].out.weight.shape[1], reads.weight.shape[2])
-            for name, reads in found.items()
-            if reads is not None
-        }
-        return {
-            name: Linear(torch.empty(shape, device="meta"), None, moves=True, made=True)
-            for name, shape in shapes.items()
-        }
+        heads = self.heads
+        if isinstance(heads, Direct):
+            return {"own_read": self._made(1, heads.read), "own_logits": self._made(1, heads.logits)}
+        if heads is None or heads.read is None:
+            return {}
+        return {"own_read": self._made(1, heads.read), "both": replace(self._made(2, heads.read), back=False)}
+
+    def _made(self, n: int, reads: Linear) -> Linear:
+        """Such a matrix, or n of them above one another."""
+        shape = self.n_replicas, n * self.layers[0].out.weight.shape[1], reads.weight.shape[2]
+        return Linear(torch.empty(shape, device="meta"), moves=True, made=True)
 
 
 class _Run(torch.autograd.Function):
@@ -249,7 +248,7 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
         torch.Size((n_replicas, *part.shape[1:])) if want and part is not None else torch.Size((0,))
         for part, want in zip(moving, wanted[1:], strict=True)
     ]
-    shapes += [linear.weight.shape if any(wanted) else torch.Size((0,)) for linear in composed.values()]
+    shapes += [linear.weight.shape if any(wanted) and linear.back else torch.Size((0,)) for linear in composed.values()]
     sizes = [shape.numel() for shape in shapes]
     begins = iter(at if size else -1 for at, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
     for linear in moves:
@@ -337,7 +336,7 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
     record = np.zeros((), passes.PASS)
     _norm(record["final_norm"], net.norm("ln_final", net.frozen))
     fill(record["readout"], job.readout, places)
-    for name in ("own_read", "own_logits"):
+    for name in ("own_read", "both", "own_logits"):
         fill(record[name], composed.get(name), places)
     if isinstance(heads, Direct):
         fill(record["reads"], heads.read, places)
@@ -373,10 +372,10 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
         record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
         turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos,
-        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows, tops=rows * -(-n_classes // classes),
-        top=rows,
-        origin=rows, target=rows, others=rows, along=rows,
-        made=cfg.d_head * widest, write=cfg.d_head * cfg.d_model, square=WIDTH * WIDTH,
+        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows,
+        origin=rows, target=rows, others=rows, along=rows, factor=rows,
+        rest=rows * WIDTH, inner=rows * WIDTH, spot=WIDTH,
+        made=2 * cfg.d_head * widest, zs=2 * rows * cfg.d_head, write=cfg.d_head * cfg.d_model, square=WIDTH * WIDTH,
     )  # fmt: skip
     return record
 

@@ -2,19 +2,49 @@
 
 from mechgrok.replicas.linear import linear_back, pairs_of, weigh
 from mechgrok.replicas.packing import lay_out
-from mechgrok.replicas.products import loop, padded, row_plus
+from mechgrok.replicas.products import copy, loop, padded, row_plus
 
 
 @loop
 def compose(p, m, out, reads, replica, shared, own, room):
     """The replica's m = W_O W, laid out in `own` as all its weights are; out: W_O, reads: W."""
-    n_in, n_out = m.n_in, reads.n_out
+    n_in, n_out, square = m.n_in, reads.n_out, room[p.square :]
     weigh(reads, replica, shared, own, own, out.plain + replica * n_in * out.n_out, n_in, room, p.made, False)
-    made, square = room[p.made : p.made + n_in * n_out], room[p.square :]
+    made = room[p.made :]
     at = m.weight + replica * (pairs_of(n_in) if m.half else n_in) * padded(n_out)
     lay_out(made, 1, 0, n_in, n_out, False, m.half, square, own[at:])
-    at = m.turned + replica * (pairs_of(n_out) if m.half else n_out) * padded(n_in)
-    lay_out(made, 1, 0, n_in, n_out, True, m.half, square, own[at:])
+    _lay_out_turned(m, replica, made, square, own)
+
+
+@loop
+def compose_both(p, out, replica, shared, own, room):
+    """The same of p.own_read, turned alone, and of p.both: it and, above it, what takes away the head as it was before.
+    So one product reads both, which is longer and takes less time than two.
+    """
+    m, n_out, square = p.own_read, p.reads.n_out, room[p.square :]
+    size = m.n_in * n_out
+    copy(shared, p.before_read.plain + replica // p.n_chains * size, size, room, p.made)
+    start = out.plain + replica * m.n_in * out.n_out
+    weigh(p.reads, replica, shared, own, own, start, m.n_in, room, p.made + size, False)
+    at = p.both.weight + replica * (m.n_in if m.half else 2 * m.n_in) * padded(n_out)
+    lay_out(room[p.made :], 1, 0, 2 * m.n_in, n_out, False, m.half, square, own[at:])
+    _lay_out_turned(m, replica, room[p.made + size :], square, own)
+
+
+@loop
+def _lay_out_turned(m, replica, made, square, own):
+    at = m.turned + replica * (pairs_of(m.n_out) if m.half else m.n_out) * padded(m.n_in)
+    lay_out(made, 1, 0, m.n_in, m.n_out, True, m.half, square, own[at:])
+
+
+@loop
+def side_by_side(p, z, mine, own_z, n_rows, room):
+    """The rows that p.both reads: z of the head as it was before, from `mine` on, and then the replica's own."""
+    d_head = p.own_read.n_in
+    for row in range(n_rows):
+        to = p.zs + 2 * row * d_head
+        copy(z, mine + row * d_head, d_head, room, to)
+        copy(room, own_z + row * d_head, d_head, room, to + d_head)
 
 
 @loop

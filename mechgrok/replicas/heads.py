@@ -122,7 +122,7 @@ class LayerHeads(Blockwise):
         readout = compiled.readout_of(net, net.frozen, moves=False)
         # What reads the residual stream next, if one map reads all its rows.
         read = mlp["mlp_in"] if mlp else (later[0].rest if later[0].q is None else None) if later else readout
-        before = None if read is None else Linear(-torch.matmul(self._before, read.weight), back=False)
+        before = None if read is None else Linear(-torch.matmul(self._before, read.weight), back=False, plain=True)
         return _Compiled(Passes(net, precision), mlp, later, readout, Linear(-self._before, back=False), read, before)
 
     def _numbers(self) -> int:

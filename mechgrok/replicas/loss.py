@@ -1,20 +1,20 @@
 """The loss of a network's logits, and its gradients, some classes at a time, as loops that numba compiles.
 
-The logits of thousands of classes would not stay in a core's own cache. So those of some classes are made, and their
-exponentials taken relative to the largest logit so far, as in the online softmax of FlashAttention (Dao et al. 2022).
-Once the sums over all classes are known, the gradient by a logit is its exponential times a number of the row and of
-these classes; the rows that the logits came from are multiplied by it, which are shorter. The order of loops is ours.
+The logits of thousands of classes would not stay in a core's own cache. So those of few rows and classes are made, and
+turned into exponentials while they are in the first cache, relative to one logit of the row, as a softmax may be; only
+rows where another is so much larger that its exponential is no float32 are done anew, relative to the largest. Once the
+sums over all classes are known, the gradient by a logit is its exponential times a number of the row, so where the rows
+that the logits came from are shorter, these are multiplied by it. The order of loops is ours.
 """
 
 from numba import njit
 
 from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import (
-    LEAST,
     WIDTH,
     added,
     exp,
-    lane0,
+    first,
     larger,
     largest,
     load,
@@ -27,65 +27,113 @@ from mechgrok.loops.lanes import (
     store,
     times,
 )
-from mechgrok.replicas.fused import IN_CACHE
+from mechgrok.replicas.composed import side_by_side
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
 from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, product
 
-FARTHEST = number(-60)  # a largest logit farther below that of all classes counts as so far: e^60 is still a float32
-
-
-@loop
-def _power(x):
-    return lane0(exp(spread(x)))
+ROWS_AT_ONCE = 32  # whose logits of some classes stay in the first cache until their exponentials are there
+LARGEST_SUM = number(1e26)  # of exponentials; a row that has more is done anew
 
 
 @loop
 def shared_logits(p, shared, own, resid, start, n_rows, room):
     """What all heads of a chain share of their logits, as `loss` takes it: some classes of all rows after others."""
-    for first in range(0, p.n_classes, p.classes):
-        n = min(p.classes, p.n_classes - first)
-        weigh_some(p.readout, first, n, 0, shared, own, resid, start, n_rows, room, p.base + first * n_rows, False)
+    for begin in range(0, p.n_classes, p.classes):
+        n = min(p.classes, p.n_classes - begin)
+        weigh_some(p.readout, begin, n, 0, shared, own, resid, start, n_rows, room, p.base + begin * n_rows, False)
 
 
 @loop
-def _exponentials(p, first, n, n_rows, biases, bias, targets, at, room):
-    """x of n classes -> exp(y - top), y = scale x + bias, top being the row's largest y so far; and the row's sums."""
-    here, tops = p.logits + first * n_rows, p.tops + first // p.classes * n_rows
-    at_once = max(1, IN_CACHE // n)  # rows of a group go through each step together: they do not wait for sums
-    for start in range(0, n_rows, at_once):
-        group = range(start, min(start + at_once, n_rows))
-        for row in group:
-            by, top = spread(room[p.scale + row]), spread(LOWEST if first == 0 else room[p.top + row])
-            for c in range(0, n, WIDTH):
-                left, place = min(WIDTH, n - c), here + row * n + c
-                y = plus(times(load(room, place, left, LOWEST), by), load(biases, bias + first + c, left, ZERO))
-                store(room, place, left, y)
-                top = larger(top, y)
-            room[tops + row] = largest(top)
-        for row in group:
-            highest, own = room[tops + row], targets[at + row] - first
-            if first == 0:
-                room[p.origin + row] = highest
-            if 0 <= own < n:
-                room[p.target + row] = room[here + row * n + own]
-            rest, inner, by, origin = spread(ZERO), spread(ZERO), spread(highest), spread(room[p.origin + row])
-            for c in range(0, n, WIDTH):
-                left, place = min(WIDTH, n - c), here + row * n + c
-                y = load(room, place, left, highest + LEAST)
-                away = minus(y, by)
-                if own // WIDTH * WIDTH == c:
-                    away = put(away, own - c, LEAST)  # as good as nothing: the sums are of the others
-                each = exp(away)
-                store(room, place, left, each)
-                rest = plus(rest, each)
-                moved = minus(minus(y, origin), load(biases, bias + first + c, left, ZERO))
-                inner = plus(inner, times(each, moved))
-            others, along = added(rest), added(inner)
-            if first > 0:
-                by_now = _power(room[p.top + row] - highest)
-                others, along = others + room[p.others + row] * by_now, along + room[p.along + row] * by_now
-            room[p.top + row], room[p.others + row], room[p.along + row] = highest, others, along
+def _logits(p, low, direct, own_z, active, replica, row, n_rows, begin, n, base, shared, own, room, to):
+    """x of n classes from `begin` on and of n_rows rows from `row` on; base: of all rows, what `low` and `direct` heads
+    add theirs to.
+    """
+    if low or direct:
+        copy(room, base + row * n, n_rows * n, room, to)
+    if low:
+        weigh_some(p.both, begin, n, replica, shared, own, room, p.zs + row * p.both.n_in, n_rows, room, to, True)
+        return
+    at = (active if direct else p.hat) + row * p.readout.n_in
+    if direct:
+        head = own_z + row * p.own_logits.n_in
+        weigh_some(p.own_logits, begin, n, replica, shared, own, room, head, n_rows, room, to, True)
+    weigh_some(p.readout, begin, n, replica, shared, own, room, at, n_rows, room, to, direct)
+
+
+@loop
+def _raise_origins(p, row, n_rows, n, room, here, biases, bias, anew):
+    """Each row's origin: the largest of the first sixteen of n logits y = scale x + bias, or, if not `anew`, of all of
+    them and the origin so far.
+    """
+    for r in range(row, row + n_rows):
+        top, by = spread(LOWEST if anew else room[p.origin + r]), spread(room[p.scale + r])
+        for c in range(0, min(WIDTH, n) if anew else n, WIDTH):
+            left, place = min(WIDTH, n - c), here + (r - row) * n + c
+            y = plus(times(load(room, place, left, LOWEST), by), load(biases, bias + c, left, ZERO))
+            top = larger(top, y)
+        room[p.origin + r] = largest(top)
+
+
+@njit(**OPTIONS)
+def _some(p, row, c, n, target, by, origin, biases, bias, room, place, sums, along):
+    """A row's n <= 16 exponentials from class c on, as `_exponentials` makes them; and the sums with them."""
+    moved = minus(times(load(room, place + c, n, ZERO), by), origin)
+    away = plus(moved, load(biases, bias + c, n, ZERO))
+    each = first(exp(away), n)
+    if c <= target < c + WIDTH:
+        store(room, p.spot, WIDTH, away)
+        room[p.target + row] = room[p.spot + target - c]
+        each = put(each, target - c, ZERO)
+    store(room, place + c, n, each)
+    return plus(sums, each), plus(along, times(each, moved))
+
+
+@loop
+def _exponentials(p, row, n_rows, begin, n, room, here, biases, bias, targets, at):
+    """x of n classes from `begin` on -> exp(y - origin), y = scale x + bias, and 0 for the row's target, whose distance
+    is noted; and sums over these: of the exponentials, and of them times their logit's distance but for the bias.
+    """
+    for r in range(row, row + n_rows):
+        place, target = here + (r - row) * n, targets[at + r] - begin
+        by, origin = spread(room[p.scale + r]), spread(room[p.origin + r])
+        rest, inner = p.rest + r * WIDTH, p.inner + r * WIDTH
+        sums, along = load(room, rest, WIDTH, ZERO), load(room, inner, WIDTH, ZERO)
+        for c in range(0, n // WIDTH * WIDTH, WIDTH):
+            sums, along = _some(p, r, c, WIDTH, target, by, origin, biases, bias, room, place, sums, along)
+        if n % WIDTH:
+            c = n // WIDTH * WIDTH
+            sums, along = _some(p, r, c, n % WIDTH, target, by, origin, biases, bias, room, place, sums, along)
+        store(room, rest, WIDTH, sums)
+        store(room, inner, WIDTH, along)
+
+
+@loop
+def _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, known):
+    """The exponentials of all logits, relative to each row's origin, which is found first if it is not known."""
+    clear(room, p.rest, n_rows * WIDTH)
+    clear(room, p.inner, n_rows * WIDTH)
+    for begin in range(0, p.n_classes, p.classes):
+        n, here, base = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows, p.base + begin * n_rows
+        for row in range(0, n_rows, ROWS_AT_ONCE):
+            some, to = min(ROWS_AT_ONCE, n_rows - row), here + row * n
+            _logits(p, low, direct, own_z, active, replica, row, some, begin, n, base, shared, own, room, to)
+            if not known and begin == 0:
+                _raise_origins(p, row, some, n, room, to, biases, bias, True)
+            _exponentials(p, row, some, begin, n, room, to, biases, bias + begin, targets, at)
+    for row in range(n_rows):
+        room[p.others + row] = added(load(room, p.rest + row * WIDTH, WIDTH, ZERO))
+        room[p.along + row] = added(load(room, p.inner + row * WIDTH, WIDTH, ZERO))
+
+
+@loop
+def _largest_sum(p, n_rows, room):
+    """Of the rows; 0 if it is NaN."""
+    most = ZERO
+    for row in range(n_rows):
+        if room[p.others + row] > most:
+            most = room[p.others + row]
+    return most
 
 
 @loop
@@ -96,57 +144,61 @@ def loss(
     """From the residual stream in the room after all layers: the losses, and the gradient by it in its place.
 
     Args:
-        low: whether the logits see the head through its rank: base W_U + z p.before_read + own_z p.own_read, the first
-            term being what `shared_logits` made, and the norm's scale apart.
+        low: whether the logits see the head through its rank: base W_U + [z, own_z] p.both, the first term
+            being what `shared_logits` made, and the norm's scale apart.
         direct: whether they are what was kept + own_z p.own_logits + neurons, from `active` on, p.readout. Then what is
             left are gradients: by the neurons, in the wide room, and by own_z, in the narrow one.
-        others, away: [replica, row]; receive the sum over all classes but the target of exp(y - top), and y - top of
-            the target.
+        others, away: [replica, row]; receive the sum over all classes but the target of exp(y - origin), and
+            y - origin of the target, for one number of each row.
     """
     d = p.d_model
-    m, x = (p.own_read, own_z) if low else (p.readout, active if direct else p.hat)
     if not low and not direct:
         normalize(p.final_norm, room, p.resid, n_rows, d, room, p.hat, p.inverse)
     for row in range(n_rows):
         room[p.scale + row] = inverse_rms(p.final_norm, room, p.resid + row * d, d) if low else ONE
     biases, bias = bias_of(p.readout, replica, shared, own)
-    for first in range(0, p.n_classes, p.classes):
-        n, here = min(p.classes, p.n_classes - first), p.logits + first * n_rows
-        if low or direct:
-            copy(room, p.base + first * n_rows, n_rows * n, room, here)
-        if low:
-            weigh_some(p.before_read, first, n, replica // p.n_chains, shared, own, z, mine, n_rows, room, here, True)
-        if direct:
-            weigh_some(p.own_logits, first, n, replica, shared, own, room, own_z, n_rows, room, here, True)
-        weigh_some(m, first, n, replica, shared, own, room, x, n_rows, room, here, low or direct)
-        _exponentials(p, first, n, n_rows, biases, bias, targets, at, room)
-    for row in range(0, n_rows, WIDTH):
-        left = min(WIDTH, n_rows - row)
-        store(others, to + row, left, load(room, p.others + row, left, ZERO))
-        moved = minus(load(room, p.target + row, left, ZERO), load(room, p.top + row, left, ZERO))
-        store(away, to + row, left, moved)
+    if low:
+        side_by_side(p, z, mine, own_z, n_rows, room)
+    _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, False)
+    if _largest_sum(p, n_rows, room) > LARGEST_SUM:
+        for begin in range(0, p.n_classes, p.classes):
+            n, here, base = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows, p.base + begin * n_rows
+            _logits(p, low, direct, own_z, active, replica, 0, n_rows, begin, n, base, shared, own, room, here)
+            _raise_origins(p, 0, n_rows, n, room, here, biases, bias + begin, False)
+        _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, True)
+    copy(room, p.others, n_rows, others, to)
+    copy(room, p.target, n_rows, away, to)
     if not p.backward:
         return
     _settle(p, n_rows, targets, weights, at, biases, bias, room)
+    m, x = (p.own_read, own_z) if low else (p.readout, active if direct else p.hat)
     dx = p.dz if low else (p.wide if direct else p.narrow)
-    for first in range(0, p.n_classes, p.classes):
-        n, here = min(p.classes, p.n_classes - first), p.logits + first * n_rows
-        by = p.tops + first // p.classes * n_rows
-        through = n <= m.n_in  # whatever is shorter is multiplied
-        if through:
-            _rows_times(room, here, n_rows, n, by, False, room, here)
-            for row in range(n_rows):
-                room[by + row] = ONE
+    through = direct or p.n_classes <= m.n_in  # whatever is shorter is multiplied
+    if through:
+        for begin in range(0, p.n_classes, p.classes):
+            n, here = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows
+            _rows_times(room, here, n_rows, n, p.factor, room, here)
+        for row in range(n_rows):
+            room[p.factor + row] = ONE
+    elif m.dweight >= 0:
+        _rows_times(room, x, n_rows, m.n_in, p.factor, room, p.scaled)
+        x = p.scaled
+    for begin in range(0, p.n_classes, p.classes):
+        n, here = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows
+        linear_back_some(m, begin, n, replica, shared, own, room, here, n_rows, room, dx, begin > 0)
+        weight_gradient_some(m, begin, n, replica, room, x, room, here, n_rows, gradients)
         if p.readout.dbias >= 0:
-            to = p.readout.dbias + replica * p.n_classes + first
-            product(gradients, to, n, True, room, by, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
-        _classes_back(p, m, first, n_rows, replica, x, through, shared, own, room, gradients, dx)
+            db = p.readout.dbias + replica * p.n_classes + begin
+            product(gradients, db, n, True, room, p.factor, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
         if direct:
-            _classes_back(
-                p, p.own_logits, first, n_rows, replica, own_z, through, shared, own, room, gradients, p.narrow
+            linear_back_some(
+                p.own_logits, begin, n, replica, shared, own, room, here, n_rows, room, p.narrow, begin > 0
             )
+            weight_gradient_some(p.own_logits, begin, n, replica, room, own_z, room, here, n_rows, gradients)
     if direct:
         return
+    if not through:
+        _rows_times(room, dx, n_rows, m.n_in, p.factor, room, dx)
     if low:
         for row in range(n_rows):
             dscale = room[p.along + row] if p.final_norm.scaled else ZERO
@@ -158,58 +210,32 @@ def loss(
 
 @loop
 def _settle(p, n_rows, targets, weights, at, biases, bias, room):
-    """The sums are known: the derivative by each row's scale; what their exponentials are to be multiplied by; and the
+    """The sums are known: the derivative by each row's scale; what its exponentials are to be multiplied by; and the
     target's own, which together with it gives weight (p - 1). Sixteen rows at a time.
     """
     for row in range(n_rows):
-        target = targets[at + row]
-        # The gradient by the logits sums to zero, so the distance to any one number serves.
-        room[p.origin + row] = room[p.target + row] - room[p.origin + row] - biases[bias + target]
-        room[p.dz + row] = room[p.tops + target // p.classes * n_rows + row]
+        room[p.origin + row] = biases[bias + targets[at + row]]
     for row in range(0, n_rows, WIDTH):
         left = min(WIDTH, n_rows - row)
-        total, top = load(room, p.others + row, left, ONE), load(room, p.top + row, left, ZERO)
+        total, away = load(room, p.others + row, left, ONE), load(room, p.target + row, left, ZERO)
         scale, weight = load(room, p.scale + row, left, ONE), load(weights, at + row, left, ZERO)
-        share = over(weight, plus(total, exp(minus(load(room, p.target + row, left, ZERO), top))))
-        along = minus(load(room, p.along + row, left, ZERO), times(total, load(room, p.origin + row, left, ZERO)))
+        share = over(weight, plus(total, exp(away)))
+        # The gradient by the logits sums to zero, so the distance to any one number serves.
+        moved = minus(away, load(room, p.origin + row, left, ZERO))
+        along = minus(load(room, p.along + row, left, ZERO), times(total, moved))
         store(room, p.along + row, left, over(times(along, share), scale))
-        store(room, p.dz + row, left, over(minus(spread(ZERO), total), _less(room, p.dz + row, left, top)))
-        for first in range(0, p.n_classes, p.classes):
-            tops = p.tops + first // p.classes * n_rows + row
-            store(room, tops, left, times(times(share, scale), _less(room, tops, left, top)))
+        store(room, p.factor + row, left, times(share, scale))
     for row in range(n_rows):
-        first = targets[at + row] // p.classes * p.classes
-        n = min(p.classes, p.n_classes - first)
-        room[p.logits + first * n_rows + row * n + targets[at + row] - first] = room[p.dz + row]
-
-
-@njit(**OPTIONS)
-def _less(room, tops, n, top):
-    """What the exponentials of some classes, relative to their own largest logit, are larger by."""
-    return exp(larger(minus(load(room, tops, n, ZERO), top), spread(FARTHEST)))
+        begin = targets[at + row] // p.classes * p.classes
+        n = min(p.classes, p.n_classes - begin)
+        room[p.logits + begin * n_rows + row * n + targets[at + row] - begin] = -room[p.others + row]
 
 
 @loop
-def _classes_back(p, m, first, n_rows, replica, x, through, shared, own, room, gradients, dx):
-    """What some classes add to the gradients of m and to dx; through: their own numbers are the gradient by now."""
-    n, here, by = min(p.classes, p.n_classes - first), p.logits + first * n_rows, p.tops + first // p.classes * n_rows
-    if through:
-        linear_back_some(m, first, n, replica, shared, own, room, here, n_rows, room, dx, first > 0)
-        weight_gradient_some(m, first, n, replica, room, x, room, here, n_rows, gradients)
-        return
-    linear_back_some(m, first, n, replica, shared, own, room, here, n_rows, room, p.scaled, False)
-    _rows_times(room, p.scaled, n_rows, m.n_in, by, first > 0, room, dx)
-    if m.dweight >= 0:
-        _rows_times(room, x, n_rows, m.n_in, by, False, room, p.scaled)
-        weight_gradient_some(m, first, n, replica, room, p.scaled, room, here, n_rows, gradients)
-
-
-@loop
-def _rows_times(x, at, n_rows, n, by, add, out, to):
-    """out (+)= each row of x times its own number, from `by` on."""
+def _rows_times(x, at, n_rows, n, by, out, to):
+    """out = each row of n numbers times its own of the numbers from `by` on."""
     for row in range(n_rows):
         factor = spread(x[by + row])
         for c in range(0, n, WIDTH):
-            left, here = min(WIDTH, n - c), to + row * n + c
-            y = times(load(x, at + row * n + c, left, ZERO), factor)
-            store(out, here, left, plus(load(out, here, left, ZERO), y) if add else y)
+            left, here = min(WIDTH, n - c), row * n + c
+            store(out, to + here, left, times(load(x, at + here, left, ZERO), factor))

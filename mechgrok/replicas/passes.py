@@ -9,7 +9,7 @@ import numpy as np
 
 from mechgrok.loops.lanes import WIDTH, added, load, minus, plus, spread, store, times
 from mechgrok.replicas.beginnings import BEGINNINGS, begin, end_beginnings, hand_back, read_beginnings
-from mechgrok.replicas.composed import compose, compose_back
+from mechgrok.replicas.composed import compose, compose_back, compose_both, side_by_side
 from mechgrok.replicas.direct import neurons, neurons_back, take_kept
 from mechgrok.replicas.fused import attention, attention_backward, kept
 from mechgrok.replicas.linear import MATRIX, bias_of, clear_gradient, linear, linear_back, linear_gradient, weigh
@@ -42,17 +42,18 @@ LAYER = np.dtype(
 PASS = np.dtype(
     [
         ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("before_read", MATRIX),
-        ("reads", MATRIX), ("own_read", MATRIX), ("reads_logits", MATRIX), ("own_logits", MATRIX),
+        ("reads", MATRIX), ("own_read", MATRIX), ("both", MATRIX), ("reads_logits", MATRIX), ("own_logits", MATRIX),
         ("beginnings", BEGINNINGS),
         *(
             (name, np.int64)
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
                 "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores",
-                "base", "scaled", "low", "n_kept", "made", "write", "square",
-                # Of `loss`: how many classes at once; and for each row its norm's scale, the largest logit, by classes
-                # and so far, the first of these, the target's, and the sums over the others.
-                "classes", "scale", "tops", "top", "origin", "target", "others", "along",
+                "base", "scaled", "low", "n_kept", "made", "zs", "write", "square",
+                # Of `loss`: how many classes at once; for each row its norm's scale, the logit that others are relative
+                # to, how far the target's is from it, the sums over the others, and what their exponentials are
+                # multiplied by; and room to sum up.
+                "classes", "scale", "origin", "target", "others", "along", "factor", "rest", "inner", "spot",
             )
         ),
         ("given", np.bool_), ("backward", np.bool_), ("back_to_start", np.bool_),
@@ -140,19 +141,18 @@ def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
 @loop
 def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared, own, room, to):
     """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows, of a head
-    that moved it, through that head's rank: m's bias + inverse (base + z p.before_read + own_z p.own_read), base being
-    the same for all heads of a chain. A few rows at a time go through all steps, while they are in the first cache.
+    that moved it, through that head's rank: m's bias + inverse (base + [z, own_z] p.both), base being the same for all
+    heads of a chain. A few rows at a time go through all steps, while they are in the first cache.
     """
     copy(room, p.resid, n_rows * p.d_model, room, hat)
     biases, start = bias_of(m, replica, shared, own)
-    d_head, chain = p.own_read.n_in, replica // p.n_chains
+    side_by_side(p, z, mine, own_z, n_rows, room)
     for row in range(n_rows):
         room[inverse + row] = inverse_rms(norm, room, p.resid + row * p.d_model, p.d_model)
     for first in range(0, n_rows, AT_A_TIME):
         n, begin = min(AT_A_TIME, n_rows - first), to + first * m.n_out
         copy(room, p.base + first * m.n_out, n * m.n_out, room, begin)
-        linear(p.before_read, chain, shared, own, z, mine + first * d_head, n, room, begin, True)
-        linear(p.own_read, replica, shared, own, room, own_z + first * d_head, n, room, begin, True)
+        weigh(p.both, replica, shared, own, room, p.zs + first * p.both.n_in, n, room, begin, True)
         for row in range(first, first + n):
             by, here, bias = spread(room[inverse + row]), to + row * m.n_out, start + row % m.n_bias * m.n_out
             for c in range(0, m.n_out, WIDTH):
@@ -328,8 +328,10 @@ def run(
                 if begun and first == 0:
                     read_beginnings(p, layers[0], replica, shared, own, x if p.given else resid, room)
                 if p.low > 0 and first == 0:
-                    compose(p, p.own_read, layers[0].out, p.reads, replica, shared, own, room)
-                    if direct:
+                    if not direct:
+                        compose_both(p, layers[0].out, replica, shared, own, room)
+                    else:
+                        compose(p, p.own_read, layers[0].out, p.reads, replica, shared, own, room)
                         compose(p, p.own_logits, layers[0].out, p.reads_logits, replica, shared, own, room)
                 if begun:
                     begin(p, layers[0], replica, n, every, queries, which, here, shared, own, resid, room)
