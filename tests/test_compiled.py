@@ -112,8 +112,8 @@ def test_blocks_of_any_number_of_examples_give_the_same(
 @pytest.mark.parametrize("size", [1.0, 200.0])
 @pytest.mark.parametrize("d_vocab_out", [16, 41])
 def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen at once or all, also where the largest logit of some, as of the first ones that others are seen from, lies
-    hundreds below that of others: more than an exponential in float32 can hold.
+    """Sixteen at once or all, also where the largest logit of some lies hundreds below that of others; or of the first
+    ones, to which the others' exponentials are relative: more than float32 can hold.
     """
     model = build(d_vocab_out=d_vocab_out)
     model.unembed.W_U.data *= size

@@ -50,6 +50,9 @@ class Heads:
 
     What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
     or the readout. read: W by which it reads, None where the rank is of no use; before_read: -W_O W before.
+
+    kept: where that is the readout, the logits of resid but for their bias, Float[example, scored, padded n_classes],
+    of some examples; index: which of those the batch has, Int[chain, example].
     """
 
     normalized: Tensor
@@ -57,6 +60,8 @@ class Heads:
     before: Linear
     read: Linear | None = None
     before_read: Linear | None = None
+    kept: Tensor | None = None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -269,16 +274,16 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     space = job.by.room(room.size)
     found = n_replicas, job.targets.shape[1]
     others, away = torch.empty(found), torch.empty(found)
-    x, resid, z, index = torch.empty(0), job.resid, torch.empty(0), torch.empty(0, dtype=torch.int64)
-    if isinstance(heads, Heads):
-        x, z = heads.normalized, heads.z
-    if isinstance(heads, Direct):
-        x, resid, index = heads.normalized, heads.kept, heads.index
+    nothing = torch.empty(0)
+    x = nothing if heads is None else heads.normalized
+    z = heads.z if isinstance(heads, Heads) else nothing
+    kept = nothing if heads is None or heads.kept is None else heads.kept
+    index = torch.empty(0, dtype=torch.int64) if heads is None or heads.index is None else heads.index
     keys = (net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1))
     which = torch.empty(0, dtype=torch.int64) if job.begun is None else job.begun.which
     tensors = (
-        net.scored, net.every, *keys, still.flat, own.flat, x, resid, which, z, index, job.targets, job.weights,
-        space, others, away, gradients,
+        net.scored, net.every, *keys, still.flat, own.flat, x, job.resid, which, z, kept, index,
+        job.targets, job.weights, space, others, away, gradients,
     )  # fmt: skip
     with without_denormals():
         passes.run(record[()], layers, *flat(*tensors), dresid.view(-1).numpy())
@@ -341,7 +346,7 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
     if isinstance(heads, Direct):
         fill(record["reads"], heads.read, places)
         fill(record["reads_logits"], heads.logits, places)
-        record["low"], record["n_kept"] = passes.DIRECT, heads.kept.shape[1]
+        record["low"] = passes.DIRECT
     if isinstance(heads, Heads):
         fill(record["before"], heads.before, places)
         fill(record["before_read"], heads.before_read, places)
@@ -349,6 +354,8 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
             fill(record["reads"], heads.read, places)
             last = passes.READOUT if len(job.layers) == 1 else passes.NEXT
             record["low"] = last if job.layers[0].mlp_in is None else passes.MLP
+    if heads is not None and heads.kept is not None:
+        record["n_kept"] = heads.kept.shape[-3]
     n_classes, width = job.readout.weight.shape[2], cfg.n_heads * cfg.d_head
     classes = min(max(WIDTH, LOGITS // rows // WIDTH * WIDTH), n_classes)
     given = {

@@ -5,6 +5,7 @@ for all examples and kept, and the residual stream itself is never made. Neurons
 """
 
 from mechgrok.replicas.linear import linear_back, linear_gradient, weigh
+from mechgrok.replicas.loss import take_logits
 from mechgrok.replicas.products import copy, gate, loop, padded, rectify
 
 
@@ -18,9 +19,7 @@ def take_kept(p, layer, member, n_examples, index, at, kept, room):
         example = member * p.n_kept + index[at + row // p.n_scored]
         of = (example * p.n_scored + row % p.n_scored) * width
         copy(kept, of, n_neurons, room, layer.active + row * n_neurons)
-        for first in range(0, p.n_classes, p.classes):
-            n = min(p.classes, p.n_classes - first)
-            copy(kept, of + logits + first, n, room, p.base + first * n_rows + row * n)
+        take_logits(p, row, n_rows, kept, of + logits, room)
 
 
 @loop

@@ -114,6 +114,7 @@ class LayerHeads(Blockwise):
             self._direct: _Direct | None = _Direct(neurons, None if self._kept is None else self._besides(self._kept))
         else:
             self._direct = None
+        self._logits = self._frozen_logits(self.n_examples * kept)
 
     def _compile(self, precision: Precision) -> "_Compiled":
         net, layers = self._net, range(self._layer + 1, self._net.cfg.n_layers)
@@ -183,7 +184,7 @@ class LayerHeads(Blockwise):
             if kept is None:
                 kept, which = self._besides(given), torch.arange(index.numel()).view(index.shape)
             return self._read_directly(first, normalized, kept, which, targets, weights, begun)
-        low = (by.read, by.before_read) if pays else (None, None)
+        low = (by.read, by.before_read, self._logits, index) if pays else ()
         heads = compiled.Heads(normalized, given.z.flatten(0, 1), by.before, *low)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
 
@@ -221,6 +222,21 @@ class LayerHeads(Blockwise):
         assert out.bias is not None and readout.bias is not None
         bias = torch.matmul(out.bias, readout.weight) + readout.bias
         return Linear(torch.matmul(out.weight, readout.weight), bias)
+
+    def _frozen_logits(self, taken: int) -> Tensor | None:
+        """What all heads share of the logits, of all examples, as `compiled.Heads` has it: base W_U, if they read the
+        heads next and it fits beside the numbers that are `taken`.
+        """
+        if self._compiled is None or not self._ends_here or self._kept is None:
+            return None
+        resid, width = self._kept.resid[0], padded(self._readout.shape[2])
+        if taken + len(resid) * width > self._memory:
+            return None
+        logits = resid.new_zeros(len(resid), width)
+        for start in range(0, len(resid), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            logits[rows, : self._readout.shape[2]] = torch.matmul(resid[rows], self._readout[0])
+        return logits.unflatten(0, (self.n_examples, -1))
 
     def _widths(self) -> tuple[int, int]:
         """Of what is kept of a row: neurons and logits, padded."""

@@ -30,7 +30,7 @@ from mechgrok.loops.lanes import (
 from mechgrok.replicas.composed import side_by_side
 from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, product
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, padded, product
 
 ROWS_AT_ONCE = 32  # whose logits of some classes stay in the first cache until their exponentials are there
 LARGEST_SUM = number(1e26)  # of exponentials; a row that has more is done anew
@@ -42,6 +42,23 @@ def shared_logits(p, shared, own, resid, start, n_rows, room):
     for begin in range(0, p.n_classes, p.classes):
         n = min(p.classes, p.n_classes - begin)
         weigh_some(p.readout, begin, n, 0, shared, own, resid, start, n_rows, room, p.base + begin * n_rows, False)
+
+
+@loop
+def take_logits(p, row, n_rows, kept, of, room):
+    """The same of one of n_rows rows, from where it was kept."""
+    for begin in range(0, p.n_classes, p.classes):
+        n = min(p.classes, p.n_classes - begin)
+        copy(kept, of + begin, n, room, p.base + begin * n_rows + row * n)
+
+
+@loop
+def take_shared_logits(p, n_examples, index, at, kept, room):
+    """The same of all rows of these examples."""
+    n_rows, width = n_examples * p.n_scored, padded(p.n_classes)
+    for row in range(n_rows):
+        example = index[at + row // p.n_scored]
+        take_logits(p, row, n_rows, kept, (example * p.n_scored + row % p.n_scored) * width, room)
 
 
 @loop

@@ -13,7 +13,7 @@ from mechgrok.replicas.composed import compose, compose_back, compose_both, side
 from mechgrok.replicas.direct import neurons, neurons_back, take_kept
 from mechgrok.replicas.fused import attention, attention_backward, kept
 from mechgrok.replicas.linear import MATRIX, bias_of, clear_gradient, linear, linear_back, linear_gradient, weigh
-from mechgrok.replicas.loss import loss, shared_logits
+from mechgrok.replicas.loss import loss, shared_logits, take_shared_logits
 from mechgrok.replicas.norms import NORM, inverse_rms, normalize, normalize_back, scale_back
 from mechgrok.replicas.products import ZERO, clear, copy, gate, loop, rectify
 
@@ -37,8 +37,8 @@ LAYER = np.dtype(
     align=True,
 )  # fmt: skip
 # Of the pass: sizes, the readout, where in the room is what needs no keeping; and given, that the first layer is heads
-# that stand in for the model's own; low, who reads them through their rank (0: nobody); of how many examples DIRECT's
-# readers know what they read besides; which gradients are wanted.
+# that stand in for the model's own; low, who reads them through their rank (0: nobody); of how many examples is kept
+# what logits, or DIRECT's readers, are besides; which gradients are wanted.
 PASS = np.dtype(
     [
         ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("before_read", MATRIX),
@@ -285,7 +285,7 @@ def _clear(p, layers, replica, gradients):
 
 @kept
 def run(
-    p, layers, scored, every, keys, some_keys, shared, own, x, resid, which, z, index, targets, weights,
+    p, layers, scored, every, keys, some_keys, shared, own, x, resid, which, z, kept, index, targets, weights,
     room, others, away, gradients, dresid,
 ):  # fmt: skip
     """The loss of every replica on its chain's examples, through all layers, and its gradients.
@@ -297,8 +297,10 @@ def run(
         resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
             after its attention, to which z, Float[replica, row, d_head], times p.before is added.
         which: where p.beginnings.n > 0, the row of x, if given, or of resid, that each row begins as, Int[chain, row].
-        index: where p.low == DIRECT, which of the examples in resid each is, Int[chain, example]; resid is then what
-            neurons and logits read but for the heads, Float[head, example, scored, neurons and logits, padded].
+        kept: where p.n_kept > 0, of so many examples: what logits are besides what a chain's heads add to them,
+            Float[example, scored, class, padded]; where p.low == DIRECT, what neurons and logits are besides,
+            Float[head, example, scored, neurons and logits, both padded]. index: which of these examples each is,
+            Int[chain, example].
         targets, weights: [chain, row]. room: for everything between.
         others, away: [replica, row], as `loss` tells them.
         gradients: of weights. dresid: [replica, row, d_model], where p.back_to_start.
@@ -317,6 +319,8 @@ def run(
                 weigh(layers[0].mlp_in, 0, shared, own, resid, start, n_first, room, p.base, False)
             elif p.low == NEXT:
                 weigh(layers[1].rest, 0, shared, own, resid, start, n_first, room, p.base, False)
+            elif p.low == READOUT and p.n_kept > 0:
+                take_shared_logits(p, n, index, chain * p.n_examples + first, kept, room)
             elif p.low == READOUT:
                 shared_logits(p, shared, own, resid, start, n_first, room)
             if p.given and not begun:
@@ -336,7 +340,7 @@ def run(
                 if begun:
                     begin(p, layers[0], replica, n, every, queries, which, here, shared, own, resid, room)
                 if direct:
-                    take_kept(p, layers[0], member, n, index, chain * p.n_examples + first, resid, room)
+                    take_kept(p, layers[0], member, n, index, chain * p.n_examples + first, kept, room)
                 elif p.given or not begun:
                     copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
                 if p.given and not direct:
