@@ -127,9 +127,10 @@ class LayerHeads(Blockwise):
         return _Compiled(Passes(net, precision), mlp, later, readout, Linear(-self._before, back=False), read, before)
 
     def _numbers(self) -> int:
-        if self._compiled is not None:  # activations take none
+        if self._compiled is not None:  # activations take none, and the residual stream is the same for all heads
             besides = sum(self._widths()) if self._direct is not None and self._direct.kept is None else 0
-            return self._net.n_pos * (2 * self._net.cfg.d_model + self._net.cfg.d_head + besides)
+            shared = 2 * self._net.cfg.d_model // len(self._heads)
+            return self._net.n_pos * (shared + self._net.cfg.d_head + besides)
         n_later = self._net.cfg.n_layers - 1 - self._layer
         return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
 
