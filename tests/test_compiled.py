@@ -1,5 +1,7 @@
 """The compiled passes: when they serve, that blocks and room change nothing, and their products and norms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,24 @@ def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypa
     exact, _ = exactly(model, data, component(model, "model")).losses_and_grad(theta.double(), index)
     torch.testing.assert_close(losses, exact, rtol=3e-5, atol=3e-5)
     assert (float(exact.max()) > 200) == (size > 1)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_small_losses_keep_their_digits(layer: int) -> None:
+    """Where the target has nearly all of the probability: 1 - p would be zero in float32."""
+    model = build()
+    model.unembed.W_U.data *= 20
+    data = examples(model, "last")
+    with torch.no_grad():
+        data = replace(data, targets=model(data.tokens).argmax(-1))
+    fast = LayerHeads(model, data, layer, [0], PLENTY)
+    theta, index = fast.anchor[None], torch.arange(N_EXAMPLES)[None]
+    losses, gradient = fast.losses_and_grad(theta, index)
+    exact, by = exactly(model, data, component(model, f"L{layer}H0")).losses_and_grad(theta.double(), index)
+    small = (exact < 1e-10) & (exact > 1e-30)
+    assert small.any()
+    torch.testing.assert_close(losses[small], exact[small], rtol=1e-3, atol=0)
+    torch.testing.assert_close(gradient.double(), by, rtol=1e-3, atol=1e-4 * float(by.abs().max()))
 
 
 def test_what_an_earlier_call_left_in_the_room_is_not_seen() -> None:
