@@ -1,7 +1,7 @@
 """`passes` as a function that torch differentiates: weights are packed, records filled, gradients given back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -213,12 +213,12 @@ class _Job:
             return {"own_read": self._made(1, heads.read), "own_logits": self._made(1, heads.logits)}
         if heads is None or heads.read is None:
             return {}
-        return {"own_read": self._made(1, heads.read), "both": replace(self._made(2, heads.read), back=False)}
+        return {"own_read": self._made(1, heads.read), "both": self._made(2, heads.read, back=False)}
 
-    def _made(self, n: int, reads: Linear) -> Linear:
+    def _made(self, n: int, reads: Linear, back: bool = True) -> Linear:
         """Such a matrix, or n of them above one another."""
         shape = self.n_replicas, n * self.layers[0].out.weight.shape[1], reads.weight.shape[2]
-        return Linear(torch.empty(shape, device="meta"), moves=True, made=True)
+        return Linear(torch.empty(shape, device="meta"), moves=True, back=back, made=True)
 
 
 class _Run(torch.autograd.Function):

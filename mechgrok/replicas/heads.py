@@ -234,9 +234,7 @@ class LayerHeads(Blockwise):
         if taken + len(resid) * width > self._memory:
             return None
         logits = resid.new_zeros(len(resid), width)
-        for start in range(0, len(resid), AT_ONCE):
-            rows = slice(start, start + AT_ONCE)
-            logits[rows, : self._readout.shape[2]] = torch.matmul(resid[rows], self._readout[0])
+        torch.mm(resid, self._readout[0], out=logits[:, : self._readout.shape[2]])
         return logits.unflatten(0, (self.n_examples, -1))
 
     def _widths(self) -> tuple[int, int]:
