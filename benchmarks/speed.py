@@ -36,6 +36,7 @@ import mechgrok as mg
 from benchmarks.canonical_interp import canonical_draws
 from benchmarks.small_models import attention_only, modular_addition, planted_sequences
 from benchmarks.tables import written
+from mechgrok.config import Precision
 from mechgrok.llc.estimate import estimate_group, estimate_problem, estimates_of
 from mechgrok.llc.problem import make_problem
 from mechgrok.reproducible import reproducible
@@ -86,7 +87,11 @@ SHAPES = {
         language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 8, 40, n_times=2,
     ),
 }  # fmt: skip
-ENGINES = ("mechgrok", "mechgrok, baoab", "mechgrok, bfloat16", "plain path", "canonical-interp", "devinterp")
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "int16", "float64", "float32")
+ENGINES = (
+    "mechgrok", "mechgrok, baoab", "mechgrok, int16", "mechgrok, baoab, int16", "mechgrok, bfloat16", "plain path",
+    "canonical-interp", "devinterp",
+)  # fmt: skip
 N_BURNIN = 25
 
 
@@ -104,7 +109,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
         return mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
-            precision="bfloat16" if "bfloat16" in engine else "float32", **baoab,
+            precision=next((each for each in PRECISIONS if each in engine), "float32"), **baoab,
         )  # fmt: skip
 
     def seconds(n_draws: int) -> float:

@@ -21,7 +21,7 @@ MEMORY_GB = 2.0
 MAX_MODEL_GB = 70.0
 
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
-Precision = Literal["float32", "bfloat16", "float64"]
+Precision = Literal["float32", "int16", "bfloat16", "float64"]
 
 
 class ModelConfig(Settings):
@@ -124,8 +124,9 @@ class LLCConfig(Settings):
     momentum: the share of its velocity that sgnht or baoab keeps over one step. rmsprop_decay,
     rmsprop_stability: of rmsprop_sgld. canonicalize: sample the model in its canonical gauge.
     engine: "devinterp" runs devinterp's own sampler, to check against; it offers sgld and rmsprop_sgld.
-    precision: of matrix products. "bfloat16" lets them be made in it where the hardware has it; weights,
-    noise, softmax and baseline stay in float32. "float64" is for checks.
+    precision: of matrix products; weights, noise, softmax and baseline stay in float32. "int16" lets them be
+    made of whole numbers, to 1e-5 or so of the vectors' lengths, where the processor is faster at these and
+    compiled passes run; "bfloat16" in bfloat16, where torch is (AMX, CUDA). "float64" is for checks.
     device: where the chains run; "cuda" draws other normals than "cpu", so bits differ between the two.
     memory_gb: what the activations of one estimate may take. More is kept rather than computed anew;
     the last bits of a result depend on it, which is why it is a setting.

@@ -77,13 +77,14 @@ def matmul_precision(name: str) -> Iterator[None]:
 
     "bfloat16" lets oneDNN make float32 products in bfloat16 and CUDA in TF32, where the hardware can. On a CPU
     that cannot, oneDNN then makes them in float32, by kernels that are up to twice as fast as those which torch
-    takes by default (MKL's on AMD): so "float32" asks for them too, if a test shows them to be exact.
+    takes by default (MKL's on AMD): so "float32" asks for them too, if a test shows them to be exact; and so does
+    "int16", as torch's products are never that.
     """
     backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     if name == "bfloat16":
         backends[0].fp32_precision, backends[1].fp32_precision = "bf16", "tf32"
-    elif name == "float32" and onednn_keeps_float32():
+    elif name in ("float32", "int16") and onednn_keeps_float32():
         backends[0].fp32_precision = "bf16"
     try:
         yield

@@ -13,13 +13,14 @@ from mechgrok import seeds
 from mechgrok.components import component
 from mechgrok.loops import lanes, tiles
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, gated, load, put, store, where_above
+from mechgrok.loops.lanes import WIDTH, gated, load, put, spread, store, where_above
 from mechgrok.replicas import compiled
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.linear import MATRIX, linear, linear_back, linear_gradient
 from mechgrok.replicas.network import Network
 from mechgrok.replicas.norms import NORM, normalize, normalize_back
 from mechgrok.replicas.packing import Linear, Packed, fill
+from mechgrok.replicas.pairs import PANEL, pair_rows, pair_terms, row_of_pairs, rows_of_pairs, turn_pairs
 from mechgrok.replicas.products import ZERO
 from mechgrok.replicas.whole import NetworkPotential
 from mechgrok.reproducible import without_denormals
@@ -59,16 +60,13 @@ def test_when_they_serve(shape: dict, reason: str | None) -> None:
     assert compiled.why_not(Network(model.to(torch.float64), examples(model))) == "not float32 on the CPU"
 
 
-@pytest.mark.parametrize(("amx", "bfloat16", "serves"), [(0, 0, False), (0, 1, True), (1, 1, False)])
-def test_bfloat16_goes_where_it_is_fastest(
-    amx: int, bfloat16: int, serves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_goes_where_it_is_fastest(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "HAS_AMX", amx)
-    monkeypatch.setattr(compiled, "HAS_BFLOAT16", bfloat16)
     model = build()
     net = Network(model, examples(model))
-    assert (compiled.why_not(net, "bfloat16") is None) == serves
-    assert compiled.why_not(net, "float32") is None
+    assert (compiled.why_not(net, "bfloat16") is None) != amx
+    assert compiled.why_not(net, "float32") is None and compiled.why_not(net, "int16") is None
 
 
 def test_the_passes_make_no_denormals_whatever_the_caller_has_set() -> None:
@@ -83,17 +81,40 @@ def test_the_passes_make_no_denormals_whatever_the_caller_has_set() -> None:
         assert all(torch.equal(one, other) for one, other in zip(plain, flushed, strict=True))
 
 
-def test_bfloat16_is_for_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is only evaluated, as the baseline is, keeps the bits of float32."""
-    for potential in potentials(d_mlp=7):
+@pytest.mark.parametrize("shape", [{"d_mlp": 7}, {"d_vocab_out": 600}, {"d_mlp": 7, "normalization_type": None}])
+def test_int16_is_for_gradients_alone(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is only evaluated, as the baseline is, keeps the bits of float32, as all do where int16s are slow."""
+    for potential in potentials(**shape):
         theta, index = moved(potential.anchor), batch(9)
         exact, (losses, gradient) = potential.losses(theta, index), potential.losses_and_grad(theta, index)
-        monkeypatch.setattr(potential._compiled.passes, "precision", "bfloat16")
+        monkeypatch.setattr(potential._compiled.passes, "precision", "int16")
+        monkeypatch.setattr(compiled, "HAS_VNNI", False)
+        assert torch.equal(potential.losses_and_grad(theta, index)[1], gradient)
+        monkeypatch.setattr(compiled, "HAS_VNNI", True)
         rough, back = potential.losses_and_grad(theta, index)
         assert torch.equal(potential.losses(theta, index), exact)
-        assert 1e-5 < float((rough - losses).abs().max()) < 0.03
-        # As much as rounding the weights to bfloat16 by itself does.
-        assert 1e-3 < float((back - gradient).norm() / gradient.norm()) < 0.1
+        # Six products in a row, each off by sqrt(16) / 32767 of its lengths at most; and a softmax's shares are off, for
+        # their size, by as much as its logits.
+        off = float((rough - losses).abs().max())
+        assert 1e-7 < off / float(losses.max()) < 1e-3
+        assert 1e-6 < float((back - gradient).norm() / gradient.norm()) < 1e-3 + off
+
+
+def test_int16_where_logits_are_hundreds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials that float32 cannot hold, or whose squares it cannot, are made anew."""
+    model = build(d_vocab_out=300)
+    model.unembed.W_U.data *= 100
+    data = examples(model, "some")
+    heads = [LayerHeads(model, data, layer, range(2), PLENTY) for layer in (0, 1)]
+    monkeypatch.setattr(compiled, "HAS_VNNI", True)
+    for potential in [*heads, NetworkPotential(model, data, component(model, "model"), PLENTY)]:
+        theta, index = moved(potential.anchor), batch(7)
+        losses, gradient = potential.losses_and_grad(theta, index)
+        monkeypatch.setattr(potential._compiled.passes, "precision", "int16")
+        rough, back = potential.losses_and_grad(theta, index)
+        assert float(losses.max()) > 100
+        torch.testing.assert_close(rough, losses, rtol=1e-4, atol=0.03)
+        assert float((back - gradient).norm() / gradient.norm()) < 0.01
 
 
 @pytest.mark.parametrize("d_mlp", [None, 7])
@@ -172,15 +193,21 @@ def _apply(m, replica, packed, nothing, x, n_rows, out, dx, gradients):
     linear_gradient(m, replica, x, 0, out, 0, n_rows, gradients)
 
 
+SIZES = st.integers(1, 70) | st.integers(230, 600)
+
+
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.booleans(), st.booleans())
+@given(SIZES, SIZES, SIZES, st.integers(1, 3), st.booleans(), st.booleans())
 def test_linear_maps_and_their_gradients(
     n_rows: int, n_in: int, n_out: int, n_bias: int, each: bool, half: bool
 ) -> None:
-    """With bfloat16s just their rounding is lost: products of two are exact in float32."""
+    """With int16s just their rounding is lost, half of 1 / 32767 of a vector's length for each of its numbers."""
 
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        return (x.to(torch.bfloat16) if half else x).double()
+    def near(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, besides: float | torch.Tensor = 0.0) -> None:
+        a, b = a.double(), b.double()
+        error = (found.double() - a @ b - besides).abs()
+        lengths = a.norm(dim=1, keepdim=True) * b.norm(dim=0)
+        assert bool((error <= (a.shape[1] ** 0.5 / 32767 if half else 1e-6) * lengths * 1.01 + 1e-5).all())
 
     n = 3 if each else 1
     weight, bias, x = normal(n, n_in, n_out), normal(n, n_bias, n_out), normal(n_rows, n_in)
@@ -190,19 +217,16 @@ def test_linear_maps_and_their_gradients(
     record = np.zeros((), MATRIX)
     fill(record, linear, packed.places)
     record["spare"] = room = n_rows * max(n_in, n_out)
-    out, dx = (torch.full((room + 21 * (n_in + n_out),), torch.nan) for _ in range(2))
+    out, dx = (torch.full((room + (n_rows + 3) * (n_in + n_out + 131),), torch.nan) for _ in range(2))
     gradients, replica = torch.zeros(weight.numel() + bias.numel()), n - 1
     arrays = [part.view(-1).numpy() for part in (packed.flat, torch.zeros(1), x)]
     _apply(record[()], replica, *arrays, n_rows, *(part.numpy() for part in (out, dx, gradients)))
     out, dx = out[: n_rows * n_out].view(n_rows, n_out), dx[: n_rows * n_in].view(n_rows, n_in)
-    rows, own = torch.arange(n_rows) % n_bias, rounded(weight[replica])
-    wanted = rounded(x) @ own + bias[replica, rows].double()
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(dx.double(), rounded(out) @ own.T, rtol=1e-4, atol=1e-3)
+    rows, own = torch.arange(n_rows) % n_bias, weight[replica]
+    near(out, x, own, bias[replica, rows].double())
+    near(dx, out, own.T)
     dweight, dbias = gradients.split([weight.numel(), bias.numel()])
-    torch.testing.assert_close(
-        dweight.view(weight.shape)[replica].double(), rounded(x).T @ rounded(out), rtol=1e-4, atol=1e-3
-    )
+    near(dweight.view(weight.shape)[replica], x.T, out)
     sums = torch.zeros(n_bias, n_out, dtype=torch.float64).index_add_(0, rows, out.double())
     torch.testing.assert_close(dbias.view(bias.shape)[replica].double(), sums, rtol=1e-4, atol=1e-3)
     assert not dweight.view(weight.shape)[:replica].any()
@@ -250,30 +274,76 @@ def test_choices_lane_by_lane() -> None:
     assert np.array_equal(out, wanted)
 
 
-@pytest.mark.parametrize("native", [False, lanes.HAS_BFLOAT16])
-def test_pairs_of_bfloat16s_and_their_products(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the processor's own instructions where it has them, and by others."""
-    monkeypatch.setattr(lanes, "HAS_BFLOAT16", native)
-
-    one = tiles.tile(lanes.into_dots, 1, 1)
+@pytest.mark.parametrize("native", [False, lanes.HAS_VNNI])
+def test_pairs_of_int16s_and_their_products(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's own instruction where it has it, and by others."""
+    monkeypatch.setattr(lanes, "HAS_VNNI", native)
+    one = tiles.tile(replace(tiles.PAIR_TERMS), 1, 1)
 
     @njit(**OPTIONS)
     def apply(x, y, z, out):
+        by = spread(x[0])
         a, b, c = load(x, 0, WIDTH, ZERO), load(y, 0, WIDTH, ZERO), load(z, 0, WIDTH, ZERO)
-        store(out, 0, WIDTH, lanes.pairs(a, b))
-        store(out, WIDTH, WIDTH, lanes.halves(a, b))
-        store(out, 2 * WIDTH, WIDTH, a)
-        store(out, 3 * WIDTH, WIDTH, lanes.pairs(b, c))
-        # The first pair of the first, (x[0], y[0]), times every pair of the latter.
-        one(out, 2 * WIDTH, 0, True, out, 0, 0, 0, out, 3 * WIDTH, 0, 0, 1, WIDTH)
+        store(out, 0, WIDTH, lanes.pairs(a, b, by))
+        store(out, WIDTH, WIDTH, lanes.pairs(b, c, by))
+        out[1], out[2 * WIDTH] = 2, 3  # the scales of the row and, of the lanes, behind their only term
+        store(out, 2 * WIDTH, WIDTH, b)
+        store(out, 3 * WIDTH, WIDTH, c)
+        # The first pair, (x[0], y[0]), times every pair of the others.
+        one(out, 3 * WIDTH, 0, True, 0, out, 0, 0, 1, out, WIDTH, WIDTH, 0, 1, WIDTH)
 
-    x, y, z = 1e3 * normal(3, WIDTH)
-    x[0], y[1] = 1 + 2**-8, 1 + 3 * 2**-8  # halfway between two: to the even one
+    x, y, z = (1e3 * normal(3, WIDTH)).round()
+    x[0], y[:3], z[:2] = 2, torch.tensor([32767 / 2, -32767 / 2, 2.25]), torch.tensor([32767 / 2, 1.75])
     out = torch.empty(4 * WIDTH)
     apply(x.numpy(), y.numpy(), z.numpy(), out.numpy())
-    found = out[: 2 * WIDTH].view(torch.bfloat16).view(2, -1)
-    assert torch.equal(found[0], torch.stack([x, y], dim=1).flatten().to(torch.bfloat16))
-    assert torch.equal(found[1], torch.cat([x, y]).to(torch.bfloat16))
-    a, b, c = (one.to(torch.bfloat16).double() for one in (x, y, z))
-    wanted = x.double() + a[0] * b + b[0] * c
-    torch.testing.assert_close(out[2 * WIDTH : 3 * WIDTH].double(), wanted, rtol=1e-6, atol=1)
+    found = out[: 2 * WIDTH].view(torch.int16).view(2, WIDTH, 2)
+    ints = [(2 * one).round() for one in (x, y, z)]  # halves to the even one
+    assert torch.equal(found[1], torch.stack(ints[1:], 1).to(torch.int16))
+    assert torch.equal(found[0, 2:], torch.stack(ints[:2], 1)[2:].to(torch.int16))
+    a, b, c = (one.double() for one in ints)
+    scales = y.double()
+    wanted = z.double() + 2 * scales * (a[0] * b + b[0] * c)
+    torch.testing.assert_close(out[3 * WIDTH :].double(), wanted, rtol=1e-6, atol=1)
+
+
+@njit(**OPTIONS)
+def _pair(x, n_rows, n, terms, turned, rows):
+    pair_terms(x, 0, n_rows, n, terms, 0)
+    turn_pairs(terms, 0, n_rows, n, turned, 0)
+    pair_rows(x, 0, n_rows, n, rows, 0)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 256))
+def test_pairs_of_terms_become_pairs_of_rows(n_rows: int, n: int) -> None:
+    x = normal(n_rows, n) * torch.logspace(-3, 3, n_rows)[:, None]
+    terms, turned, rows = (
+        torch.full((rows_of_pairs(n_rows) * n + n_rows * row_of_pairs(n),), torch.nan) for _ in "123"
+    )
+    _pair(x.view(-1).numpy(), n_rows, n, *(part.numpy() for part in (terms, turned, rows)))
+    for found, error in ((turned, x.norm(dim=1, keepdim=True) / 32767), (rows, torch.zeros(n_rows, 1))):
+        begin = 0
+        for some, wanted, off in zip(x.split(PANEL), x.split(PANEL), error.split(PANEL), strict=True):
+            n_pairs = (len(some) + 1) // 2
+            ints = found[begin : begin + n_pairs * n].view(torch.int16).view(n_pairs, n, 2)
+            scales = found[begin + n_pairs * n :][:n]
+            back = (ints * scales[:, None]).transpose(1, 2).flatten(0, 1)[: len(some)]
+            assert bool(((back - wanted).abs() <= 0.51 * off + 0.51 * scales).all())
+            torch.testing.assert_close(scales * 32767, wanted.norm(dim=0), rtol=1e-2, atol=1e-3)
+            begin += (n_pairs + 1) * n
+
+
+def test_what_is_no_number_stays_none_as_int16() -> None:
+    """A chain that has diverged shows; and vectors of zeros are zeros."""
+    weight, x = normal(1, 40, 33), normal(5, 40)
+    x[1], x[2, 3], x[3, 4] = 0, torch.inf, torch.nan
+    linear = Linear(weight, moves=True)
+    packed = Packed([linear], half=True)
+    record = np.zeros((), MATRIX)
+    fill(record, linear, packed.places)
+    record["spare"] = 5 * 40
+    out, dx = torch.zeros(2000), torch.zeros(2000)
+    arrays = [part.view(-1).numpy() for part in (packed.flat, torch.zeros(1), x)]
+    _apply(record[()], 0, *arrays, 5, *(part.numpy() for part in (out, dx, torch.zeros(1))))
+    out = out[: 5 * 33].view(5, 33)
+    assert out[[0, 4]].isfinite().all() and not out[1].any() and not out[2:4].isfinite().any()

@@ -9,20 +9,20 @@ from numba import njit
 from mechgrok import seeds
 from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import WIDTH
-from mechgrok.loops.tiles import into_times, tile
+from mechgrok.loops.tiles import FLOAT_TERMS, tile
 from mechgrok.replicas.products import padded, product
 
-_piece = tile(into_times, WIDTH, 1, (1, WIDTH))
+_piece = tile(FLOAT_TERMS, WIDTH, 1, (1, WIDTH))
 
 
 @njit(**OPTIONS)
-def _product(out, add, a, a_row, a_term, x, n_terms, n_rows, n_lanes):
-    product(out, 3, n_lanes, add, a, 1, a_row, a_term, x, 0, WIDTH, WIDTH * n_terms, n_terms, n_rows, n_lanes)
+def _product(out, add, since, a, a_row, a_term, x, n_terms, n_rows, n_lanes):
+    product(out, 3, n_lanes, add, since, a, 1, a_row, a_term, x, 0, WIDTH, WIDTH * n_terms, n_terms, n_rows, n_lanes)
 
 
 @njit(**OPTIONS)
 def _by_columns(out, add, a, x, n_terms, n_lanes):
-    _piece(out, 0, n_lanes, add, a, 0, 0, 0, x, 0, WIDTH, 0, n_terms, n_lanes)
+    _piece(out, 0, n_lanes, add, 0, a, 0, 0, 0, x, 0, WIDTH, 0, n_terms, n_lanes)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -40,22 +40,32 @@ SIZES = st.one_of(st.integers(1, 40), st.sampled_from([8, 16]))
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(1, 25), SIZES, SIZES, st.booleans(), st.booleans())
-def test_products_of_any_size(n_rows: int, n_terms: int, n_lanes: int, add: bool, turned: bool) -> None:
+@given(st.integers(1, 25), SIZES, SIZES, st.booleans(), st.booleans(), st.booleans())
+def test_products_of_any_size(n_rows: int, n_terms: int, n_lanes: int, add: bool, apart: bool, turned: bool) -> None:
     """What lies around the product stays as it is, and what lies around its factors is not looked at."""
     a, x = normal(n_rows, n_terms), normal(n_terms, n_lanes)
     given_ = (a.T if turned else a).contiguous().flatten()
     strides = (1, n_rows) if turned else (n_terms, 1)
-    out = torch.cat([torch.full((3,), 7.0), normal(n_rows * n_lanes), torch.full((40,), 7.0)])
+    size = n_rows * n_lanes
+    out = torch.cat([torch.full((3,), 7.0), normal(size), torch.full((40,), 7.0), normal(size + 1)])
+    since = size + 41 if apart else 0
     before = out.clone()
     around = torch.full((1,), torch.nan)
     _product(
-        out.numpy(), add, torch.cat([around, given_, around]).numpy(), *strides, laid_out(x), n_terms, n_rows, n_lanes
+        out.numpy(),
+        add,
+        since,
+        torch.cat([around, given_, around]).numpy(),
+        *strides,
+        laid_out(x),
+        n_terms,
+        n_rows,
+        n_lanes,
     )
-    made = slice(3, 3 + n_rows * n_lanes)
-    wanted = (a.double() @ x.double()).flatten() + add * before[made].double()
+    made = slice(3, 3 + size)
+    wanted = (a.double() @ x.double()).flatten() + add * before[since:][made].double()
     torch.testing.assert_close(out[made].double(), wanted, rtol=1e-5, atol=1e-5)
-    assert bool((out[:3] == 7).all()) and bool((out[made.stop :] == 7).all())
+    assert bool((out[:3] == 7).all()) and torch.equal(out[made.stop :], before[made.stop :])
 
 
 @settings(deadline=None)

@@ -14,10 +14,11 @@ WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 INTS = ir.VectorType(ir.IntType(32), WIDTH)
 _BY_LN_2 = 1.4426950408889634
+_ROUNDER = 2**23 + 2**22  # added to this a number loses its fraction, and as a whole one stands in the last bits
 CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
 
 _FEATURES = binding.get_host_cpu_features()
-HAS_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))  # whether `dots` is one instruction here
+HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # whether `into_dots` is one instruction here
 HAS_AMX = bool(_FEATURES.get("amx-bf16"))  # whether there are faster ones, which torch's products have
 
 number = np.float32
@@ -218,63 +219,42 @@ def added(builder, x):
     return call(builder, "vector.reduce.fadd.v16f32", ir.FloatType(), start, x, fastmath=["reassoc"])
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash("bfloat")
-
-
-BFLOATS = ir.VectorType(_BFloat(), 2 * WIDTH)
 _HALF = 16  # bits
 
 
-def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """The bits of x with the last sixteen rounded to zero, to even: those of a bfloat16 and nothing after it."""
+def _whole(builder: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+    """x by, rounded to a whole number, whose last sixteen bits are those of an int16."""
+    return builder.bitcast(fma(builder, x, by, constant(_ROUNDER)), INTS)
+
+
+@operation(lanes)
+def pairs(builder, x, y, by):
+    """x by and y by, each lane of both as the two int16s of one lane; none may be larger than 32767."""
+    low = builder.and_(_whole(builder, x, by), constant(0xFFFF, INTS))
+    return builder.bitcast(builder.or_(low, builder.shl(_whole(builder, y, by), constant(_HALF, INTS))), FLOATS)
+
+
+@operation(lanes)
+def one_of(builder, x, high):
+    """Of each lane, two int16s, the first or the second, as a number."""
     bits = builder.bitcast(x, INTS)
-    odd = builder.and_(builder.lshr(bits, constant(_HALF, INTS)), constant(1, INTS))
-    return builder.and_(builder.add(bits, builder.add(odd, constant(0x7FFF, INTS))), constant(-0x10000, INTS))
-
-
-def _pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    low = builder.lshr(_rounded(builder, x), constant(_HALF, INTS))
-    return builder.bitcast(builder.or_(low, _rounded(builder, y)), FLOATS)
-
-
-@operation(lanes)
-def pairs(builder, x, y):
-    """Each lane of x and the same of y, rounded to bfloat16, as one lane."""
-    return _pairs(builder, x, y)
-
-
-@operation(lanes)
-def halves(builder, x, y):
-    """The lanes of x and then those of y, each two neighbours rounded to bfloat16 as one lane."""
-    if HAS_BFLOAT16:
-        return builder.bitcast(call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, y, x), FLOATS)
-    even, odd = (builder.shuffle_vector(x, y, ir.Constant(INTS, list(range(first, 2 * WIDTH, 2)))) for first in (0, 1))
-    return _pairs(builder, even, odd)
+    first = builder.shl(bits, constant(_HALF, INTS))
+    return builder.sitofp(builder.ashr(builder.select(high, bits, first), constant(_HALF, INTS)), FLOATS)
 
 
 def into_dots(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """total + a b, where each lane of a and b is two bfloat16s and a b the sum of both products, in float32."""
-    if HAS_BFLOAT16:
-        factors = (builder.bitcast(factor, BFLOATS) for factor in (a, b))
-        return call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, *factors)
+    """total + a b of whole numbers, where each lane of a and b is two int16s and a b the sum of both products."""
+    if HAS_VNNI:  # of its two instructions the one that saturates: LLVM makes two of the other
+        return call(builder, "x86.avx512.vpdpwssds.512", INTS, total, a, b)
+    low = (builder.ashr(builder.shl(factor, constant(_HALF, INTS)), constant(_HALF, INTS)) for factor in (a, b))
+    high = (builder.ashr(factor, constant(_HALF, INTS)) for factor in (a, b))
+    return builder.add(total, builder.add(builder.mul(*low), builder.mul(*high)))
 
-    def low(x: ir.Value) -> ir.Value:
-        return builder.bitcast(builder.shl(builder.bitcast(x, INTS), constant(_HALF, INTS)), FLOATS)
 
-    def high(x: ir.Value) -> ir.Value:
-        return builder.bitcast(builder.and_(builder.bitcast(x, INTS), constant(-0x10000, INTS)), FLOATS)
-
-    return fma(builder, high(a), high(b), fma(builder, low(a), low(b), total))
+@operation(lanes)
+def root(builder, x):
+    """The square root of x."""
+    return call(builder, "sqrt.v16f32", FLOATS, x)
 
 
 @operation(lanes)
@@ -310,9 +290,8 @@ def exp(builder, x):
     # As the constants of comparisons come first, NaN in x stays.
     x = builder.select(builder.fcmp_ordered(">", constant(LEAST), x), constant(LEAST), x)
     x = builder.select(builder.fcmp_ordered("<", constant(MOST), x), constant(MOST), x)
-    rounder = constant(2**23 + 2**22)  # added to this a number loses its fraction, and n stands in the last bits
-    shifted = fma(builder, x, constant(number(_BY_LN_2)), rounder)
-    n = builder.fsub(shifted, rounder)
+    shifted = fma(builder, x, constant(number(_BY_LN_2)), constant(_ROUNDER))
+    n = builder.fsub(shifted, constant(_ROUNDER))
     # 1 / ln 2 in two parts; LLVM by itself would round the product, as it is there already.
     r = call(builder, "fma.v16f32", FLOATS, x, constant(number(_BY_LN_2)), builder.fneg(n))
     r = fma(builder, x, constant(number(_BY_LN_2 - float(number(_BY_LN_2)))), r)

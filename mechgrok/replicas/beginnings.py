@@ -8,7 +8,7 @@ once for a replica, and its gradient comes back once.
 import numpy as np
 
 from mechgrok.loops.lanes import WIDTH, load, plus, store
-from mechgrok.replicas.linear import bias_of, linear_back, weigh, weight_gradient_some
+from mechgrok.replicas.linear import bias_of, linear_back, weigh, weight_gradient
 from mechgrok.replicas.norms import normalize, normalize_back
 from mechgrok.replicas.products import ZERO, clear, copy, loop, row_plus
 
@@ -124,7 +124,7 @@ def _through(p, m, replica, asking, dread, add, shared, own, room, gradients):
     b, d, at_once = p.beginnings, p.d_model, p.at_once * p.n_pos
     for first in range(asking, b.n, at_once):
         n, at = min(at_once, b.n - first), dread + first * m.n_out
-        weight_gradient_some(m, 0, m.n_out, replica, room, b.hat + first * d, room, at, n, gradients)
+        weight_gradient(m, replica, room, b.hat + first * d, room, at, n, gradients)
         if not p.given:
             linear_back(m, replica, shared, own, room, at, n, room, b.dhat + first * d, add)
 

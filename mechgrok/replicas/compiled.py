@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mechgrok.config import Precision
 from mechgrok.loops.kept import flat, serves
-from mechgrok.loops.lanes import HAS_AMX, HAS_BFLOAT16, WIDTH
+from mechgrok.loops.lanes import HAS_AMX, HAS_VNNI, WIDTH
 from mechgrok.replicas import passes
 from mechgrok.replicas.cross_entropy import nats_of
 from mechgrok.replicas.distinct import Beginnings
-from mechgrok.replicas.linear import pairs_of
+from mechgrok.replicas.loss import IN_FIRST_CACHE
 from mechgrok.replicas.network import Network, Norm, Parameters
 from mechgrok.replicas.packing import Linear, Packed, fill
+from mechgrok.replicas.pairs import PANEL, row_of_pairs, rows_of_pairs
 from mechgrok.reproducible import without_denormals
 
 ROWS = 96  # of the residual stream at once, or those of one example if it has more
@@ -120,7 +121,7 @@ def why_not(net: Network, precision: Precision = "float32") -> str | None:
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
     if not serves(net.frozen["embed.W_E"]):
         return "not float32 on the CPU"
-    if precision == "bfloat16" and (HAS_AMX or not HAS_BFLOAT16):
+    if precision == "bfloat16" and HAS_AMX:
         return "bfloat16's products are torch's on this processor"
     if cfg.positional_embedding_type not in ("standard", "shortformer"):
         return f"positional_embedding_type = {cfg.positional_embedding_type!r}"
@@ -137,8 +138,8 @@ LINEARS = ("q", "rest", "out", "mlp_in", "mlp_out")
 class Passes:
     """Runs the passes of one network; keeps what it has packed of it, and the room for what lies between.
 
-    With precision "bfloat16" the products of a pass that is differentiated are of bfloat16s, but for attention's own;
-    a loss that is only evaluated, as the baseline is, has float32's.
+    With precision "int16" the products of a pass that is differentiated are of int16s, but for attention's own, if the
+    processor is fast at them; a loss that is only evaluated, as the baseline is, has float32's.
     """
 
     def __init__(self, net: Network, precision: Precision = "float32"):
@@ -245,7 +246,7 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     net, heads, n_replicas = job.by.net, job.heads, job.n_replicas
     linears, composed = job.linears(), job.composed()
     moves = [linear for linear in linears if linear.moves]
-    half = any(wanted) and job.by.precision == "bfloat16"
+    half = any(wanted) and job.by.precision == "int16" and HAS_VNNI
     still = job.by.still([linear for linear in linears if not linear.moves], half)
     own = Packed([*moves, *composed.values()], n_replicas, half)
     # Gradients lie one after another, in the order of what moves.
@@ -266,10 +267,11 @@ def _run(job: _Job, moving: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
     n_wide = len(net.scored) if isinstance(heads, Direct) else net.n_pos
     room = _Room(_at_once(n_wide), net)
     most = max(room.rows, net.cfg.d_head)
-    spare = room.put(pairs_of(most) * max(sum(linear.weight.shape[1:]) for linear in linears) if half else 0)
+    widest = max(max(linear.weight.shape[1:]) for linear in linears)
+    spare = room.put(2 * max(rows_of_pairs(most) * widest, most * row_of_pairs(widest)) if half else 0)
     places = {linear: place | {"spare": spare} for linear, place in (still.places | own.places).items()}
     layers = np.array([_layer(layer, places, room) for layer in job.layers], passes.LAYER)
-    record = _pass(job, composed, places, room)
+    record = _pass(job, composed, places, room, half)
     record["backward"], record["back_to_start"] = any(wanted), wanted[0]
     space = job.by.room(room.size)
     found = n_replicas, job.targets.shape[1]
@@ -334,7 +336,9 @@ def _layer(layer: Layer, places: Mapping[int, dict[str, int]], room: _Room) -> A
     return record
 
 
-def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[str, int]], room: _Room) -> Any:
+def _pass(
+    job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[str, int]], room: _Room, half: bool
+) -> Any:
     """The record of `passes.PASS`."""
     net, rows, heads, first = job.by.net, room.rows, job.heads, job.layers[0] if job.layers else None
     cfg, n_pos = net.cfg, net.n_pos
@@ -357,11 +361,13 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
     if heads is not None and heads.kept is not None:
         record["n_kept"] = heads.kept.shape[-3]
     n_classes, width = job.readout.weight.shape[2], cfg.n_heads * cfg.d_head
-    classes = min(max(WIDTH, LOGITS // rows // WIDTH * WIDTH), n_classes)
+    classes = min(PANEL if half else max(WIDTH, LOGITS // rows // WIDTH * WIDTH), n_classes)
+    together = max(8, IN_FIRST_CACHE // classes // 8 * 8)
     given = {
         "n_replicas": job.n_replicas, "n_chains": len(job.targets), "n_pos": n_pos, "n_scored": len(net.scored),
         "n_examples": job.targets.shape[1] // len(net.scored), "at_once": room.at_once,
-        "d_model": cfg.d_model, "n_classes": n_classes, "classes": classes, "given": heads is not None,
+        "d_model": cfg.d_model, "n_classes": n_classes, "classes": classes, "together": together,
+        "given": heads is not None,
     }  # fmt: skip
     for name, value in given.items():
         record[name] = value
@@ -374,15 +380,17 @@ def _pass(job: _Job, composed: Mapping[str, Linear], places: Mapping[int, dict[s
             record["beginnings"], hat=n * cfg.d_model, inverse=n, dhat=n * cfg.d_model, dresid=n * cfg.d_model,
             read=n_read, dread=n_read, asked=n_asked, dasked=n_asked,
         )  # fmt: skip
-    widest = max(n_classes, 3 * width, cfg.d_mlp or 0)
+    widest, read = max(n_classes, 3 * width, cfg.d_mlp or 0), max(cfg.d_model, 2 * cfg.d_head, cfg.d_mlp or 0)
     room.fill(
-        record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=rows * n_classes,
+        record, resid=rows * cfg.d_model, hat=rows * cfg.d_model, inverse=rows, logits=together * classes,
+        exponentials=rows * max(n_classes, -(-n_classes // classes) * row_of_pairs(classes)),
         base=rows * widest, dz=rows * cfg.d_head, narrow=rows * max(cfg.d_model, width), wide=rows * (widest + width),
         turned=WIDTH * cfg.d_head, dscores=WIDTH * n_pos,
-        scaled=rows * max(cfg.d_model, cfg.d_head, cfg.d_mlp or 0), scale=rows,
+        scaled=rows * read, ready=max(rows * row_of_pairs(read), rows_of_pairs(rows) * (read + 1)) if half else 0,
+        ready_head=rows * row_of_pairs(cfg.d_head) if half else 0, scale=rows,
         origin=rows, target=rows, others=rows, along=rows, factor=rows,
         rest=rows * WIDTH, inner=rows * WIDTH, spot=WIDTH,
-        made=2 * cfg.d_head * widest, zs=2 * rows * cfg.d_head, write=cfg.d_head * cfg.d_model, square=WIDTH * WIDTH,
+        made=2 * cfg.d_head * widest, zs=2 * rows * cfg.d_head, write=cfg.d_head * cfg.d_model, square=WIDTH * PANEL,
     )  # fmt: skip
     return record
 

@@ -1,7 +1,8 @@
 """What reads heads through their rank, W_O W, and its gradient, as loops that numba compiles."""
 
-from mechgrok.replicas.linear import linear_back, pairs_of, weigh
+from mechgrok.replicas.linear import linear_back, weigh
 from mechgrok.replicas.packing import lay_out
+from mechgrok.replicas.pairs import rows_of_pairs
 from mechgrok.replicas.products import copy, loop, padded, row_plus
 
 
@@ -11,7 +12,7 @@ def compose(p, m, out, reads, replica, shared, own, room):
     n_in, n_out, square = m.n_in, reads.n_out, room[p.square :]
     weigh(reads, replica, shared, own, own, out.plain + replica * n_in * out.n_out, n_in, room, p.made, False)
     made = room[p.made :]
-    at = m.weight + replica * (pairs_of(n_in) if m.half else n_in) * padded(n_out)
+    at = m.weight + replica * (rows_of_pairs(n_in) if m.half else n_in) * padded(n_out)
     lay_out(made, 1, 0, n_in, n_out, False, m.half, square, own[at:])
     _lay_out_turned(m, replica, made, square, own)
 
@@ -26,14 +27,14 @@ def compose_both(p, out, replica, shared, own, room):
     copy(shared, p.before_read.plain + replica // p.n_chains * size, size, room, p.made)
     start = out.plain + replica * m.n_in * out.n_out
     weigh(p.reads, replica, shared, own, own, start, m.n_in, room, p.made + size, False)
-    at = p.both.weight + replica * (m.n_in if m.half else 2 * m.n_in) * padded(n_out)
+    at = p.both.weight + replica * (rows_of_pairs(2 * m.n_in) if m.half else 2 * m.n_in) * padded(n_out)
     lay_out(room[p.made :], 1, 0, 2 * m.n_in, n_out, False, m.half, square, own[at:])
     _lay_out_turned(m, replica, room[p.made + size :], square, own)
 
 
 @loop
 def _lay_out_turned(m, replica, made, square, own):
-    at = m.turned + replica * (pairs_of(m.n_out) if m.half else m.n_out) * padded(m.n_in)
+    at = m.turned + replica * (rows_of_pairs(m.n_out) if m.half else m.n_out) * padded(m.n_in)
     lay_out(made, 1, 0, m.n_in, m.n_out, True, m.half, square, own[at:])
 
 

@@ -26,14 +26,14 @@ from mechgrok.loops.lanes import (
     turn,
     where_above,
 )
-from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
+from mechgrok.loops.tiles import FEW_TERMS, FLOAT_TERMS, rows_of_few_terms, tile
 from mechgrok.replicas.few_queries import are_few, patterns, patterns_back, values
 from mechgrok.replicas.products import LOWEST, ONE, ZERO, product
 
 kept = keeper(Path(__file__).parent)
 IN_CACHE = 2**12  # numbers that stay in the first cache from one step to the next
 # Sixteen rows of a pattern [key, 16] times something: its queries', and its keys'.
-_by_queries, _by_keys = tile(into_times, WIDTH, 1, (1, WIDTH)), tile(into_times, WIDTH, 1, (WIDTH, 1))
+_by_queries, _by_keys = tile(FLOAT_TERMS, WIDTH, 1, (1, WIDTH)), tile(FLOAT_TERMS, WIDTH, 1, (WIDTH, 1))
 _with_lanes = rows_of_few_terms(1)
 
 
@@ -57,11 +57,11 @@ def _turned(x, at, row, n_rows, n_numbers, out):
 def _with_queries(out, to, rest, at, row, turned, d_head, seen):
     """Products of `seen` keys, or values, with a block of queries as lanes: Float[key, 16], from `to` on."""
     if d_head % FEW_TERMS:
-        product(out, to, WIDTH, False, rest, at, row, 1, turned, 0, WIDTH, WIDTH, d_head, seen, WIDTH)
+        product(out, to, WIDTH, False, 0, rest, at, row, 1, turned, 0, WIDTH, WIDTH, d_head, seen, WIDTH)
         return
     for term in range(0, d_head, FEW_TERMS):
         _with_lanes(
-            out, to, WIDTH, term > 0, rest, at + term, row, turned, term * WIDTH, WIDTH, WIDTH, seen, WIDTH
+            out, to, WIDTH, term > 0, 0, rest, at + term, row, turned, term * WIDTH, WIDTH, WIDTH, seen, WIDTH
         )  # fmt: skip
 
 
@@ -69,11 +69,11 @@ def _with_queries(out, to, rest, at, row, turned, d_head, seen):
 def _sums_of_keys(out, to, out_row, pattern, place, rest, at, row, seen, n, d_head):
     """out = pattern^T x for n queries of a block, x being the first `seen` keys or values."""
     if n < WIDTH:
-        product(out, to, out_row, False, pattern, place, 1, WIDTH, rest, at, row, WIDTH, seen, n, d_head)
+        product(out, to, out_row, False, 0, pattern, place, 1, WIDTH, rest, at, row, WIDTH, seen, n, d_head)
         return
     for c in range(0, d_head, WIDTH):
         left = min(WIDTH, d_head - c)
-        _by_queries(out, to + c, out_row, False, pattern, place, 1, WIDTH, rest, at + c, row, WIDTH, seen, left)
+        _by_queries(out, to + c, out_row, False, 0, pattern, place, 1, WIDTH, rest, at + c, row, WIDTH, seen, left)
 
 
 @njit(**OPTIONS)
@@ -84,11 +84,11 @@ def _sums_of_queries(out, to, out_row, add, pattern, place, x, at, row, seen, n,
         for c in range(0, d_head, WIDTH):
             left = min(WIDTH, d_head - c)
             _by_keys(
-                out, to + r * out_row + c, out_row, add, pattern, place + r * WIDTH, WIDTH, 1, x, at + c, row, WIDTH,
+                out, to + r * out_row + c, out_row, add, 0, pattern, place + r * WIDTH, WIDTH, 1, x, at + c, row, WIDTH,
                 n, left,
             )  # fmt: skip
     product(
-        out, to + many * out_row, out_row, add, pattern, place + many * WIDTH, WIDTH, 1, x, at, row, WIDTH, n,
+        out, to + many * out_row, out_row, add, 0, pattern, place + many * WIDTH, WIDTH, 1, x, at, row, WIDTH, n,
         seen - many, d_head,
     )  # fmt: skip
 

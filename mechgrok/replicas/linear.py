@@ -4,17 +4,17 @@ All arrays are flat. A record, `MATRIX`, says where in them a map's numbers are 
 """
 
 import numpy as np
-from numba.extending import register_jitable
 
-from mechgrok.loops.lanes import WIDTH, halves, load, pairs, store
+from mechgrok.loops.lanes import WIDTH, load, one_of, plus, spread, store, times
+from mechgrok.replicas.pairs import PANEL, pair_rows, pair_terms, pairs_of, place_of_row, row_of_pairs, rows_of_pairs
 from mechgrok.replicas.products import ZERO, clear, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
 # n_bias of them, used in turn; plain: where W does row by row, if it does; all in the array `own` if it moves, else in
 # `shared`. each: one after another for each replica; otherwise one serves all.
 # dweight, dbias: where their gradients go, one replica's after another; or -1.
-# half: products are of bfloat16s and their sums of float32s, and W lies there in pairs of rows; b is as ever. spare:
-# where in the array of what comes out, or of its gradient, there is room for such pairs.
+# half: products are of int16s, and W lies there in pairs of its terms; b is as ever. spare: where in the array of what
+# comes out, or of its gradient, there is room for such pairs.
 MATRIX = np.dtype(
     [
         (name, np.int64)
@@ -25,64 +25,60 @@ MATRIX = np.dtype(
 )
 
 
-@register_jitable
-def pairs_of(n: int) -> int:
-    """How many pairs hold n numbers."""
-    return (n + 1) // 2
-
-
 @loop
-def _halve(x, at, n_rows, n, out, to):
-    """Each row's numbers as pairs of neighbours; zero is the last one's, if it has none."""
-    for row in range(n_rows):
-        start, end = at + row * n, to + row * pairs_of(n)
-        for c in range(0, n, 2 * WIDTH):
-            left = n - c
-            first, second = load(x, start + c, left, ZERO), load(x, start + c + WIDTH, left - WIDTH, ZERO)
-            store(out, end + c // 2, pairs_of(left), halves(first, second))
-
-
-@loop
-def _pair_rows(x, at, n_rows, n, out, to):
-    """Each two rows as one of pairs; zeros are the last one's, if it has none."""
-    for row in range(0, n_rows, 2):
-        start, end, other = at + row * n, to + row // 2 * n, row + 1 < n_rows
-        for c in range(0, n, WIDTH):
-            left = n - c
-            second = load(x, start + n + c, left if other else 0, ZERO)
-            store(out, end + c, left, pairs(load(x, start + c, left, ZERO), second))
+def ready(m, x, at, n_rows, n, out, to):
+    """Where n_rows rows of n numbers are as products with m take them, made from `to` on if need be."""
+    if not m.half:
+        return at
+    pair_terms(x, at, n_rows, n, out, to)
+    return to
 
 
 @loop
 def _by_packed(
-    m, place, n_in, n_out, first_in, n_terms, first_out, n_lanes, replica, shared, own, x, at, n_rows, out, to, add
+    m, place, n_in, n_out, first_in, n_terms, first_out, n_lanes, replica, shared, own, x, at, n_rows, out, to, add,
+    since,
 ):  # fmt: skip
-    """out (+)= x M for rows of x of n_terms and rows of out of n_lanes numbers.
+    """out = x M for `ready` rows of x of n_terms and rows of out of n_lanes numbers; `add`, `since`: see `product`.
 
     M is a part, from (first_in, first_out) on, of the replica's n_in by n_out matrix, or of the one that serves all,
-    which begin at `place`. Both firsts are multiples of sixteen.
+    which begin at `place`. first_out is a multiple of sixteen, and so is first_in; of `PANEL`, if M is of pairs.
     """
-    matrices, height, begin = own if m.moves else shared, n_in, first_in
-    if m.half:
-        height, begin = pairs_of(n_in), first_in // 2
-    of = place + (replica * height * padded(n_out) if m.each else 0) + height * first_out + begin * WIDTH
-    if m.half:
-        _halve(x, at, n_rows, n_terms, out, m.spare)
-        n_pairs = pairs_of(n_terms)
-        product_of_pairs(
-            out, to, n_lanes, add, out, m.spare, n_pairs, 1, matrices, of, WIDTH, WIDTH * height, n_pairs, n_rows,
+    matrices = own if m.moves else shared
+    height = rows_of_pairs(n_in) if m.half else n_in
+    of = place + (replica * height * padded(n_out) if m.each else 0) + height * first_out
+    if not m.half:
+        of += first_in * WIDTH
+        product(
+            out, to, n_lanes, add, since, x, at, n_terms, 1, matrices, of, WIDTH, WIDTH * height, n_terms, n_rows,
             n_lanes,
         )  # fmt: skip
-    else:
-        product(
-            out, to, n_lanes, add, x, at, n_terms, 1, matrices, of, WIDTH, WIDTH * height, n_terms, n_rows, n_lanes
+        return
+    for begin in range(0, n_terms, PANEL):
+        panel, n_pairs = of + rows_of_pairs(first_in + begin) * WIDTH, pairs_of(min(PANEL, n_terms - begin))
+        product_of_pairs(
+            out, to, n_lanes, add or begin > 0, since if begin == 0 else 0, x, at + rows_of_pairs(begin),
+            row_of_pairs(n_terms), 1, matrices, panel, WIDTH, WIDTH * height, n_pairs, n_rows, n_lanes,
         )  # fmt: skip
+
+
+@loop
+def weigh_ready(m, first, n, replica, shared, own, x, at, row, n_rows, out, to, add, since):
+    """`weigh_some` of n_rows rows from `row` on of those that are `ready` at `at`; `add`, `since`: see `product`."""
+    here = at + row * (row_of_pairs(m.n_in) if m.half else m.n_in)
+    _by_packed(
+        m, m.weight, m.n_in, m.n_out, 0, m.n_in, first, n, replica, shared, own, x, here, n_rows, out, to, add, since
+    )
 
 
 @loop
 def weigh_some(m, first, n, replica, shared, own, x, at, n_rows, out, to, add):
     """out (+)= n columns of x W, from `first` on, a multiple of sixteen."""
-    _by_packed(m, m.weight, m.n_in, m.n_out, 0, m.n_in, first, n, replica, shared, own, x, at, n_rows, out, to, add)
+    if m.half:
+        pair_terms(x, at, n_rows, m.n_in, out, m.spare)
+        weigh_ready(m, first, n, replica, shared, own, out, m.spare, 0, n_rows, out, to, add, 0)
+    else:
+        weigh_ready(m, first, n, replica, shared, own, x, at, 0, n_rows, out, to, add, 0)
 
 
 @loop
@@ -108,33 +104,63 @@ def bias_of(m, replica, shared, own):
 
 
 @loop
-def linear_back_some(m, first, n, replica, shared, own, dout, at, n_rows, dx, to, add):
-    """dx (+)= dout W^T of n columns of dout, those of W from `first` on."""
-    _by_packed(m, m.turned, m.n_out, m.n_in, first, n, 0, m.n_in, replica, shared, own, dout, at, n_rows, dx, to, add)
+def back_by_ready(m, first, n, replica, shared, own, dout, at, n_rows, dx, to, add):
+    """dx (+)= dout W^T of n columns of dout, those of W from `first` on, of rows that are `ready` at `at`."""
+    _by_packed(
+        m, m.turned, m.n_out, m.n_in, first, n, 0, m.n_in, replica, shared, own, dout, at, n_rows, dx, to, add, 0
+    )
+
+
+@loop
+def add_column(m, column, by, factor, replica, shared, own, out, to):
+    """out = factor (out + by times a column of W, as its transpose has it)."""
+    height = rows_of_pairs(m.n_out) if m.half else m.n_out
+    matrices, of = own if m.moves else shared, m.turned + (replica * height * padded(m.n_in) if m.each else 0)
+    before, second, scales = place_of_row(m.n_out, column) if m.half else (column * WIDTH, False, 0)
+    by, factor = spread(by), spread(factor)
+    for lane in range(0, m.n_in, WIDTH):
+        strip, left = of + lane * height, min(WIDTH, m.n_in - lane)
+        y = load(matrices, strip + before, left, ZERO)
+        if m.half:
+            y = times(one_of(y, second), load(matrices, strip + scales, left, ZERO))
+        store(out, to + lane, left, times(plus(load(out, to + lane, left, ZERO), times(y, by)), factor))
 
 
 @loop
 def linear_back(m, replica, shared, own, dout, at, n_rows, dx, to, add):
     """dx (+)= dout W^T."""
-    linear_back_some(m, 0, m.n_out, replica, shared, own, dout, at, n_rows, dx, to, add)
+    if m.half:
+        pair_terms(dout, at, n_rows, m.n_out, dx, m.spare)
+        back_by_ready(m, 0, m.n_out, replica, shared, own, dx, m.spare, n_rows, dx, to, add)
+    else:
+        back_by_ready(m, 0, m.n_out, replica, shared, own, dout, at, n_rows, dx, to, add)
 
 
 @loop
-def weight_gradient_some(m, first, n, replica, x, at, dout, of, n_rows, gradients):
-    """Add x^T dout to n columns of the gradient of W from `first` on, if it is wanted."""
+def products_of_columns(out, to, out_row, half, x, at, n_in, y, of, n, n_rows):
+    """out += x^T y for n_rows rows of n_in and of n numbers; half: both as `pair_rows` makes them."""
+    if not half:
+        product(out, to, out_row, True, 0, x, at, 1, n_in, y, of, n, WIDTH, n_rows, n_in, n)
+        return
+    for row in range(0, n_rows, PANEL):
+        begin, n_pairs = rows_of_pairs(row), pairs_of(min(PANEL, n_rows - row))
+        product_of_pairs(
+            out, to, out_row, True, 0, x, at + begin * n_in, 1, n_in, y, of + begin * n, n, WIDTH, n_pairs, n_in, n
+        )
+
+
+@loop
+def weight_gradient(m, replica, x, at, dout, of, n_rows, gradients):
+    """Add x^T dout to the gradient of W, if it is wanted."""
     if m.dweight < 0:
         return
-    to = m.dweight + replica * m.n_in * m.n_out + first
+    to, here, there = m.dweight + replica * m.n_in * m.n_out, m.spare, m.spare + rows_of_pairs(n_rows) * m.n_in
     if m.half:
-        n_terms = pairs_of(n_rows)
-        behind = m.spare + n_terms * m.n_in
-        _pair_rows(x, at, n_rows, m.n_in, dout, m.spare)
-        _pair_rows(dout, of, n_rows, n, dout, behind)
-        product_of_pairs(
-            gradients, to, m.n_out, True, dout, m.spare, 1, m.n_in, dout, behind, n, WIDTH, n_terms, m.n_in, n
-        )  # fmt: skip
+        pair_rows(x, at, n_rows, m.n_in, dout, here)
+        pair_rows(dout, of, n_rows, m.n_out, dout, there)
+        products_of_columns(gradients, to, m.n_out, True, dout, here, m.n_in, dout, there, m.n_out, n_rows)
     else:
-        product(gradients, to, m.n_out, True, x, at, 1, m.n_in, dout, of, n, WIDTH, n_rows, m.n_in, n)
+        products_of_columns(gradients, to, m.n_out, False, x, at, m.n_in, dout, of, m.n_out, n_rows)
 
 
 @loop
@@ -150,7 +176,7 @@ def clear_gradient(m, replica, gradients):
 @loop
 def linear_gradient(m, replica, x, at, dout, of, n_rows, gradients):
     """Add x^T dout and the sums of dout to where the gradients of W and b are wanted."""
-    weight_gradient_some(m, 0, m.n_out, replica, x, at, dout, of, n_rows, gradients)
+    weight_gradient(m, replica, x, at, dout, of, n_rows, gradients)
     if m.dbias >= 0:
         to = m.dbias + replica * m.n_bias * m.n_out
         for row in range(n_rows):

@@ -28,12 +28,21 @@ from mechgrok.loops.lanes import (
     times,
 )
 from mechgrok.replicas.composed import side_by_side
-from mechgrok.replicas.linear import bias_of, linear_back_some, weigh_some, weight_gradient_some
+from mechgrok.replicas.linear import (
+    add_column,
+    back_by_ready,
+    bias_of,
+    products_of_columns,
+    ready,
+    weigh_ready,
+    weigh_some,
+)
 from mechgrok.replicas.norms import inverse_rms, normalize, normalize_back, scale_back
-from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, padded, product
+from mechgrok.replicas.pairs import pair_rows, row_of_pairs, rows_of_pairs, turn_pairs
+from mechgrok.replicas.products import LOWEST, ONE, ZERO, clear, copy, loop, padded
 
-ROWS_AT_ONCE = 32  # whose logits of some classes stay in the first cache until their exponentials are there
-LARGEST_SUM = number(1e26)  # of exponentials; a row that has more is done anew
+IN_FIRST_CACHE = 8192  # logits that stay there until their exponentials are made and multiplied
+LARGEST_SUM = number(1e16)  # of exponentials, whose squares are numbers still; a row that has more is done anew
 
 
 @loop
@@ -62,20 +71,17 @@ def take_shared_logits(p, n_examples, index, at, kept, room):
 
 
 @loop
-def _logits(p, low, direct, own_z, active, replica, row, n_rows, begin, n, base, shared, own, room, to):
+def _logits(p, low, direct, x, head, replica, row, n_rows, begin, n, base, shared, own, room, to):
     """x of n classes from `begin` on and of n_rows rows from `row` on; base: of all rows, what `low` and `direct` heads
-    add theirs to.
+    add theirs to. x, head: where what p.both or p.readout reads, and p.own_logits, is `ready`.
     """
-    if low or direct:
-        copy(room, base + row * n, n_rows * n, room, to)
+    since = base + row * n - to
     if low:
-        weigh_some(p.both, begin, n, replica, shared, own, room, p.zs + row * p.both.n_in, n_rows, room, to, True)
+        weigh_ready(p.both, begin, n, replica, shared, own, room, x, row, n_rows, room, to, True, since)
         return
-    at = (active if direct else p.hat) + row * p.readout.n_in
     if direct:
-        head = own_z + row * p.own_logits.n_in
-        weigh_some(p.own_logits, begin, n, replica, shared, own, room, head, n_rows, room, to, True)
-    weigh_some(p.readout, begin, n, replica, shared, own, room, at, n_rows, room, to, direct)
+        weigh_ready(p.own_logits, begin, n, replica, shared, own, room, head, row, n_rows, room, to, True, since)
+    weigh_ready(p.readout, begin, n, replica, shared, own, room, x, row, n_rows, room, to, direct, 0)
 
 
 @loop
@@ -126,18 +132,31 @@ def _exponentials(p, row, n_rows, begin, n, room, here, biases, bias, targets, a
 
 
 @loop
-def _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, known):
-    """The exponentials of all logits, relative to each row's origin, which is found first if it is not known."""
+def _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, known):
+    """The exponentials of all logits, relative to each row's origin, which is found first if it is not known; while
+    they are in the first cache the rows that logits came from get theirs times W^T. keep: all of the exponentials too.
+    """
+    m, dx = (p.own_read, p.dz) if low else (p.readout, p.wide if direct else p.narrow)
     clear(room, p.rest, n_rows * WIDTH)
     clear(room, p.inner, n_rows * WIDTH)
     for begin in range(0, p.n_classes, p.classes):
-        n, here, base = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows, p.base + begin * n_rows
-        for row in range(0, n_rows, ROWS_AT_ONCE):
-            some, to = min(ROWS_AT_ONCE, n_rows - row), here + row * n
-            _logits(p, low, direct, own_z, active, replica, row, some, begin, n, base, shared, own, room, to)
+        n, base = min(p.classes, p.n_classes - begin), p.base + begin * n_rows
+        for row in range(0, n_rows, p.together):
+            some, to, end = min(p.together, n_rows - row), p.logits, p.exponentials
+            if keep and p.readout.half:
+                end += row_of_pairs(p.classes) * (begin // p.classes) * n_rows + row * row_of_pairs(n)
+            elif keep:
+                to = p.exponentials + begin * n_rows + row * n
+            _logits(p, low, direct, x, head, replica, row, some, begin, n, base, shared, own, room, to)
             if not known and begin == 0:
                 _raise_origins(p, row, some, n, room, to, biases, bias, True)
             _exponentials(p, row, some, begin, n, room, to, biases, bias + begin, targets, at)
+            if p.backward:
+                each, here, more = ready(m, room, to, some, n, room, end), dx + row * m.n_in, begin > 0
+                back_by_ready(m, begin, n, replica, shared, own, room, each, some, room, here, more)
+                if direct:
+                    here = p.narrow + row * p.own_logits.n_in
+                    back_by_ready(p.own_logits, begin, n, replica, shared, own, room, each, some, room, here, more)
     for row in range(n_rows):
         room[p.others + row] = added(load(room, p.rest + row * WIDTH, WIDTH, ZERO))
         room[p.along + row] = added(load(room, p.inner + row * WIDTH, WIDTH, ZERO))
@@ -176,46 +195,34 @@ def loss(
     biases, bias = bias_of(p.readout, replica, shared, own)
     if low:
         side_by_side(p, z, mine, own_z, n_rows, room)
-    _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, False)
+    reads, read = (p.both, p.zs) if low else (p.readout, active if direct else p.hat)
+    m, dx = (p.own_read, p.dz) if low else (p.readout, p.wide if direct else p.narrow)
+    moved, by = (p.own_logits, own_z) if direct else (m, own_z if low else p.hat)  # of what a gradient may be wanted
+    keep = moved.dweight >= 0 or p.readout.dbias >= 0
+    x, head = ready(reads, room, read, n_rows, reads.n_in, room, p.ready), own_z
+    if direct:
+        head = ready(p.own_logits, room, own_z, n_rows, p.own_logits.n_in, room, p.ready_head)
+    _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, False)
     if _largest_sum(p, n_rows, room) > LARGEST_SUM:
         for begin in range(0, p.n_classes, p.classes):
-            n, here, base = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows, p.base + begin * n_rows
-            _logits(p, low, direct, own_z, active, replica, 0, n_rows, begin, n, base, shared, own, room, here)
-            _raise_origins(p, 0, n_rows, n, room, here, biases, bias + begin, False)
-        _sum_up(p, low, direct, own_z, active, replica, n_rows, at, shared, own, targets, biases, bias, room, True)
+            n, base = min(p.classes, p.n_classes - begin), p.base + begin * n_rows
+            for row in range(0, n_rows, p.together):
+                some = min(p.together, n_rows - row)
+                _logits(p, low, direct, x, head, replica, row, some, begin, n, base, shared, own, room, p.logits)
+                _raise_origins(p, row, some, n, room, p.logits, biases, bias + begin, False)
+        _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, True)
     copy(room, p.others, n_rows, others, to)
     copy(room, p.target, n_rows, away, to)
     if not p.backward:
         return
     _settle(p, n_rows, targets, weights, at, biases, bias, room)
-    m, x = (p.own_read, own_z) if low else (p.readout, active if direct else p.hat)
-    dx = p.dz if low else (p.wide if direct else p.narrow)
-    through = direct or p.n_classes <= m.n_in  # whatever is shorter is multiplied
-    if through:
-        for begin in range(0, p.n_classes, p.classes):
-            n, here = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows
-            _rows_times(room, here, n_rows, n, p.factor, room, here)
-        for row in range(n_rows):
-            room[p.factor + row] = ONE
-    elif m.dweight >= 0:
-        _rows_times(room, x, n_rows, m.n_in, p.factor, room, p.scaled)
-        x = p.scaled
-    for begin in range(0, p.n_classes, p.classes):
-        n, here = min(p.classes, p.n_classes - begin), p.logits + begin * n_rows
-        linear_back_some(m, begin, n, replica, shared, own, room, here, n_rows, room, dx, begin > 0)
-        weight_gradient_some(m, begin, n, replica, room, x, room, here, n_rows, gradients)
-        if p.readout.dbias >= 0:
-            db = p.readout.dbias + replica * p.n_classes + begin
-            product(gradients, db, n, True, room, p.factor, 0, 1, room, here, n, WIDTH, n_rows, 1, n)
-        if direct:
-            linear_back_some(
-                p.own_logits, begin, n, replica, shared, own, room, here, n_rows, room, p.narrow, begin > 0
-            )
-            weight_gradient_some(p.own_logits, begin, n, replica, room, own_z, room, here, n_rows, gradients)
+    _end_back(p, m, replica, n_rows, targets, at, shared, own, room, dx)
+    if direct:
+        _end_back(p, p.own_logits, replica, n_rows, targets, at, shared, own, room, p.narrow)
+    if keep:
+        _gradients(p, moved, replica, by, n_rows, targets, at, room, gradients)
     if direct:
         return
-    if not through:
-        _rows_times(room, dx, n_rows, m.n_in, p.factor, room, dx)
     if low:
         for row in range(n_rows):
             dscale = room[p.along + row] if p.final_norm.scaled else ZERO
@@ -226,9 +233,49 @@ def loss(
 
 
 @loop
+def _end_back(p, m, replica, n_rows, targets, at, shared, own, room, dx):
+    """The exponentials' sums with W^T -> the gradient by what m reads: the target's own, and each row's factor."""
+    for row in range(n_rows):
+        others, factor, to = room[p.others + row], room[p.factor + row], dx + row * m.n_in
+        add_column(m, targets[at + row], -others, factor, replica, shared, own, room, to)
+
+
+@loop
+def _gradients(p, m, replica, x, n_rows, targets, at, room, gradients):
+    """Those of m, which reads x, and of the readout's bias from the exponentials, if they are wanted."""
+    half, by, ones = p.readout.half, p.scaled, p.factor
+    to, db = m.dweight + replica * m.n_in * m.n_out, p.readout.dbias + replica * p.n_classes
+    if m.dweight >= 0:
+        _rows_times(room, x, n_rows, m.n_in, p.factor, room, p.scaled)
+    if half:
+        by, ones = p.ready, p.ready + rows_of_pairs(n_rows) * m.n_in
+        pair_rows(room, p.scaled, n_rows, m.n_in, room, by)
+        pair_rows(room, p.factor, n_rows, 1, room, ones)
+    for begin in range(0, p.n_classes, p.classes):
+        n = min(p.classes, p.n_classes - begin)
+        of = p.exponentials + (begin // p.classes * row_of_pairs(p.classes) if half else begin) * n_rows
+        if half:
+            turn_pairs(room, of, n_rows, n, room, m.spare)
+            of = m.spare
+        if m.dweight >= 0:
+            products_of_columns(gradients, to + begin, m.n_out, half, room, by, m.n_in, room, of, n, n_rows)
+        if p.readout.dbias >= 0:
+            products_of_columns(gradients, db + begin, n, half, room, ones, 1, room, of, n, n_rows)
+        for row in range(n_rows):  # the targets' own, whose sum with all others is zero
+            target = targets[at + row]
+            if begin <= target < begin + n:
+                if m.dweight >= 0:
+                    for i in range(m.n_in):
+                        gradients[to + i * m.n_out + target] -= room[p.others + row] * room[p.scaled + row * m.n_in + i]
+                if p.readout.dbias >= 0:
+                    gradients[db + target] -= room[p.others + row] * room[p.factor + row]
+
+
+@loop
 def _settle(p, n_rows, targets, weights, at, biases, bias, room):
-    """The sums are known: the derivative by each row's scale; what its exponentials are to be multiplied by; and the
-    target's own, which together with it gives weight (p - 1). Sixteen rows at a time.
+    """The sums are known: the derivative by each row's scale, and by what its exponentials are to be multiplied. The
+    target's own is less than zero, what they sum to: together with the factor that is weight (p - 1). Sixteen rows at a
+    time.
     """
     for row in range(n_rows):
         room[p.origin + row] = biases[bias + targets[at + row]]
@@ -242,10 +289,6 @@ def _settle(p, n_rows, targets, weights, at, biases, bias, room):
         along = minus(load(room, p.along + row, left, ZERO), times(total, moved))
         store(room, p.along + row, left, over(times(along, share), scale))
         store(room, p.factor + row, left, times(share, scale))
-    for row in range(n_rows):
-        begin = targets[at + row] // p.classes * p.classes
-        n = min(p.classes, p.n_classes - begin)
-        room[p.logits + begin * n_rows + row * n + targets[at + row] - begin] = -room[p.others + row]
 
 
 @loop

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechgrok.loops.lanes import WIDTH, load, pairs, store, turn
+from mechgrok.loops.lanes import WIDTH, load, pairs, plus, spread, store, times, turn
 from mechgrok.replicas.fused import kept
-from mechgrok.replicas.linear import pairs_of
-from mechgrok.replicas.products import ZERO, padded
+from mechgrok.replicas.pairs import PANEL, other_of, rows_of_pairs, scale_of
+from mechgrok.replicas.products import ZERO, loop, padded
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Packed:
 
     Args:
         n: of each that moves, how many replicas there are; one may serve them all.
-        half: weights as pairs of bfloat16s, of two rows, each pair in the place of one number.
+        half: weights as pairs of int16s, each pair in the place of one number, and a scale for each column.
     """
 
     def __init__(self, linears: Sequence[Linear], n: int = 1, half: bool = False):
@@ -50,7 +50,7 @@ class Packed:
             weight, (_, n_in, n_out) = weight if len(weight) > 1 else weight.expand(n, -1, -1), weight.shape
             wanted = {"weight": (n_in, n_out)} | ({"turned": (n_out, n_in)} if linear.back else {})
             for name, (height, n_lanes) in wanted.items():
-                place[name] = self._next(len(weight) * (pairs_of(height) if half else height) * padded(n_lanes))
+                place[name] = self._next(len(weight) * (rows_of_pairs(height) if half else height) * padded(n_lanes))
                 if not linear.made:
                     weights.append((place[name], weight, name == "turned"))
             if linear.plain:
@@ -62,7 +62,7 @@ class Packed:
                 place["bias"] = self._next(padded(bias.numel()))
                 plain.append((place["bias"], bias))
         self.flat = torch.empty(self._size + WIDTH)
-        room = np.zeros(WIDTH * WIDTH, np.float32)
+        room = np.zeros(WIDTH * PANEL, np.float32)
         for at, weight, turned in weights:
             numbers, apart = _flat(weight)
             lay_out(
@@ -84,29 +84,47 @@ class Packed:
 def lay_out(matrices, n, apart, n_rows, n_columns, turned, half, room, out):
     """Each of n matrices, `apart` from one another, or its transpose: sixteen columns, and the next sixteen after them.
 
-    The columns left over at the end are never read. half: each two rows of it, or of the transpose, as one of pairs of
-    bfloat16s; zeros are the last one's, if it has none. room: for 256 numbers.
+    The columns left over at the end are never read. half: each `PANEL` rows of it, or of the transpose, as pairs of
+    int16s, and the columns' scales after them; terms go into pairs as `other_of` says. room: for so many rows.
     """
     height, n_lanes = (n_columns, n_rows) if turned else (n_rows, n_columns)
     to = 0
     for matrix in range(n):
         for lane in range(0, n_lanes, WIDTH):
             left = min(WIDTH, n_lanes - lane)
-            for first in range(0, height, WIDTH):
-                there = min(WIDTH, height - first)
-                taken, begin = (room, 0) if half else (out, to)
-                if turned:
-                    turn(matrices, matrix * apart + lane * n_columns + first, n_columns, left, there, taken, begin)
-                else:
-                    at = matrix * apart + first * n_columns + lane
-                    for row in range(there):
-                        some = load(matrices, at + row * n_columns, left, ZERO)
-                        store(taken, begin + row * WIDTH, WIDTH, some)
+            for panel in range(0, height, PANEL):
+                end = min(panel + PANEL, height)
+                for first in range(panel, end, WIDTH):
+                    there = min(WIDTH, end - first)
+                    taken, begin = (room, (first - panel) * WIDTH) if half else (out, to)
+                    if turned:
+                        turn(matrices, matrix * apart + lane * n_columns + first, n_columns, left, there, taken, begin)
+                    else:
+                        at = matrix * apart + first * n_columns + lane
+                        for row in range(there):
+                            some = load(matrices, at + row * n_columns, left, ZERO)
+                            store(taken, begin + row * WIDTH, WIDTH, some)
+                    to += 0 if half else there * WIDTH
                 if half:
-                    for row in range(0, there, 2):
-                        other = load(room, (row + 1) * WIDTH, WIDTH if row + 1 < there else 0, ZERO)
-                        store(out, to + row // 2 * WIDTH, WIDTH, pairs(load(room, row * WIDTH, WIDTH, ZERO), other))
-                to += (pairs_of(there) if half else there) * WIDTH
+                    _pair_up(room, end - panel, out, to)
+                    to += rows_of_pairs(end - panel) * WIDTH
+
+
+@loop
+def _pair_up(x, n, out, to):
+    """n rows of sixteen columns as pairs, and the columns' scales."""
+    squares = spread(ZERO)
+    for row in range(n):
+        y = load(x, row * WIDTH, WIDTH, ZERO)
+        squares = plus(squares, times(y, y))
+    by, back = scale_of(squares)
+    for c in range(0, n, 2 * WIDTH):
+        half, second = other_of(n, c)
+        for row in range(half):
+            low = load(x, (c + row) * WIDTH, WIDTH, ZERO)
+            high = load(x, (c + half + row) * WIDTH, WIDTH if row < second else 0, ZERO)
+            store(out, to + (c // 2 + row) * WIDTH, WIDTH, pairs(low, high, by))
+    store(out, to + (n + 1) // 2 * WIDTH, WIDTH, back)
 
 
 def _flat(weight: Tensor) -> tuple[Tensor, int]:

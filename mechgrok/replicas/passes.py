@@ -48,12 +48,13 @@ PASS = np.dtype(
             (name, np.int64)
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
-                "resid", "hat", "inverse", "logits", "narrow", "dz", "wide", "turned", "dscores",
-                "base", "scaled", "low", "n_kept", "made", "zs", "write", "square",
-                # Of `loss`: how many classes at once; for each row its norm's scale, the logit that others are relative
-                # to, how far the target's is from it, the sums over the others, and what their exponentials are
-                # multiplied by; and room to sum up.
-                "classes", "scale", "origin", "target", "others", "along", "factor", "rest", "inner", "spot",
+                "resid", "hat", "inverse", "logits", "exponentials", "narrow", "dz", "wide", "turned", "dscores",
+                "base", "scaled", "ready", "ready_head", "low", "n_kept", "made", "zs", "write", "square",
+                # Of `loss`: how many classes and rows at once; for each row its norm's scale, the logit that others are
+                # relative to, how far the target's is from it, the sums over the others, and what their exponentials
+                # are multiplied by; and room to sum up.
+                "classes", "together", "scale", "origin", "target", "others", "along", "factor", "rest", "inner",
+                "spot",
             )
         ),
         ("given", np.bool_), ("backward", np.bool_), ("back_to_start", np.bool_),

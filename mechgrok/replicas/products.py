@@ -6,8 +6,8 @@ from typing import Any
 from numba.extending import overload, register_jitable
 
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, gated, into_dots, larger, load, number, plus, spread, store
-from mechgrok.loops.tiles import FEW_TERMS, into_times, rows_of_few_terms, tile
+from mechgrok.loops.lanes import WIDTH, gated, larger, load, number, plus, spread, store
+from mechgrok.loops.tiles import FEW_TERMS, FLOAT_TERMS, PAIR_TERMS, Terms, rows_of_few_terms, tile
 
 ZERO, ONE = number(0), number(1)
 LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no difference of two is NaN
@@ -26,54 +26,72 @@ def loop(function: Callable[..., Any]) -> Any:
     return called
 
 
-def _strip_by(into: Any, n_groups: int) -> Any:
+def _strip_by(terms: Terms, n_groups: int) -> Any:
     """A product of no more lanes than n_groups times sixteen, the last of which there are n of."""
-    eight, four, two, one = (tile(into, rows, n_groups) for rows in (8, 4, 2, 1))
+    eight, four, two, one = (tile(terms, rows, n_groups) for rows in (8, 4, 2, 1))
 
     @loop
-    def strip(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n):
+    def strip(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n):
         r = 0
         while r + 8 <= n_rows:
             eight(
-                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                out, to + r * out_row, out_row, add, since, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
             r += 8
         # A row by itself would wait for each sum before the next term, so those left over go together.
         if r + 4 <= n_rows:
             four(
-                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                out, to + r * out_row, out_row, add, since, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
             r += 4
         if r + 2 <= n_rows:
             two(
-                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                out, to + r * out_row, out_row, add, since, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
             r += 2
         if r < n_rows:
             one(
-                out, to + r * out_row, out_row, add, a, at + r * a_row, a_row, a_term,
+                out, to + r * out_row, out_row, add, since, a, at + r * a_row, a_row, a_term,
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
 
     return strip
 
 
-def _product_by(into: Any) -> Any:
-    """A product whose every term is added by `into`."""
-    wide, narrow = _strip_by(into, 2), _strip_by(into, 1)  # eight rows of 32 sums are what AVX-512's registers hold
+def _product_of(terms: Terms) -> Any:
+    wide, narrow = _strip_by(terms, 2), _strip_by(terms, 1)  # eight rows of 32 sums are what AVX-512's registers hold
 
     @loop
-    def made(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
+    def made(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
         for lane in range(0, n_lanes, 2 * WIDTH):
             n, here, group = n_lanes - lane, to + lane, of + lane // WIDTH * x_group
             if n > WIDTH:
                 last = min(WIDTH, n - WIDTH)
-                wide(out, here, out_row, add, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, last)
+                wide(
+                    out,
+                    here,
+                    out_row,
+                    add,
+                    since,
+                    a,
+                    at,
+                    a_row,
+                    a_term,
+                    x,
+                    group,
+                    x_term,
+                    x_group,
+                    n_terms,
+                    n_rows,
+                    last,
+                )
             else:
-                narrow(out, here, out_row, add, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, n)
+                narrow(
+                    out, here, out_row, add, since, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, n
+                )
 
     return made
 
@@ -82,36 +100,39 @@ _one_group, _two_groups = rows_of_few_terms(1), rows_of_few_terms(2)
 
 
 @loop
-def _few_terms(out, to, out_row, add, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
+def _few_terms(out, to, out_row, add, since, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
     """A product of eight terms or sixteen, whose rows are too soon done for tiles to pay."""
     for lane in range(0, n_lanes, 2 * WIDTH):
         n, here, group = n_lanes - lane, to + lane, of + lane // WIDTH * x_group
         for term in range(0, n_terms, FEW_TERMS):
             more, start, begin = add or term > 0, at + term, group + term * x_term
+            beside = 0 if term > 0 else since
             if n > WIDTH:
                 last = min(WIDTH, n - WIDTH)
-                _two_groups(out, here, out_row, more, a, start, a_row, x, begin, x_term, x_group, n_rows, last)
+                _two_groups(out, here, out_row, more, beside, a, start, a_row, x, begin, x_term, x_group, n_rows, last)
             else:
-                _one_group(out, here, out_row, more, a, start, a_row, x, begin, x_term, x_group, n_rows, n)
+                _one_group(out, here, out_row, more, beside, a, start, a_row, x, begin, x_term, x_group, n_rows, n)
 
 
-_any_terms = _product_by(into_times)
+_any_terms = _product_of(FLOAT_TERMS)
 
 
 @loop
-def product(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
-    """out[r, l] (+)= sum over t of a[r, t] x[t, l], any number of rows, terms and lanes.
+def product(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
+    """out[r, l] = sum over t of a[r, t] x[t, l], and if `add` what stood `since` numbers after it, any number of rows,
+    terms and lanes.
 
     The arrays are flat, and where each begins and its strides are given, as `tiles.tile` takes them.
     """
     if a_term == 1 and (n_terms == FEW_TERMS or n_terms == 2 * FEW_TERMS):
-        _few_terms(out, to, out_row, add, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
+        _few_terms(out, to, out_row, add, since, a, at, a_row, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
     else:
-        _any_terms(out, to, out_row, add, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
+        _any_terms(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes)
 
 
-# The same where each number of a and x is a pair of bfloat16s, and so each term two; any terms.
-product_of_pairs = _product_by(into_dots)
+# The same where each number of a and x is a pair of int16s, and so each term two. What is made of a row of a, or of a
+# lane of x, is multiplied by its scale, a[r, n_terms] or x[n_terms, l].
+product_of_pairs = _product_of(PAIR_TERMS)
 
 
 @register_jitable
