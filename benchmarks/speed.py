@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -87,7 +88,6 @@ SHAPES = {
         language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 8, 40, n_times=2,
     ),
 }  # fmt: skip
-PRECISIONS: tuple[Precision, ...] = ("bfloat16", "int16", "float64", "float32")
 ENGINES = (
     "mechgrok", "mechgrok, baoab", "mechgrok, int16", "mechgrok, baoab, int16", "mechgrok, bfloat16", "plain path",
     "canonical-interp", "devinterp",
@@ -109,7 +109,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
         return mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,  # type: ignore[arg-type]
             engine="devinterp" if engine == "devinterp" else "mechgrok",
-            precision=next((each for each in PRECISIONS if each in engine), "float32"), **baoab,
+            precision=next((each for each in get_args(Precision) if each in engine), "float32"), **baoab,
         )  # fmt: skip
 
     def seconds(n_draws: int) -> float:

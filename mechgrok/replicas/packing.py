@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechgrok.loops.lanes import WIDTH, load, pairs, plus, spread, store, times, turn
 from mechgrok.replicas.fused import kept
-from mechgrok.replicas.pairs import PANEL, other_of, rows_of_pairs, scale_of
+from mechgrok.replicas.pairs import PANEL, other_of, pairs_of, rows_of_pairs, scale_of
 from mechgrok.replicas.products import ZERO, loop, padded
 
 
@@ -124,7 +124,7 @@ def _pair_up(x, n, out, to):
             low = load(x, (c + row) * WIDTH, WIDTH, ZERO)
             high = load(x, (c + half + row) * WIDTH, WIDTH if row < second else 0, ZERO)
             store(out, to + (c // 2 + row) * WIDTH, WIDTH, pairs(low, high, by))
-    store(out, to + (n + 1) // 2 * WIDTH, WIDTH, back)
+    store(out, to + pairs_of(n) * WIDTH, WIDTH, back)
 
 
 def _flat(weight: Tensor) -> tuple[Tensor, int]:
