@@ -80,7 +80,9 @@ def test_attention_and_its_gradients_against_float64(shape: tuple, data: st.Data
     back = normal("back", *found.shape)
     mine = torch.autograd.grad(found, leaves, back)
     for own, theirs in zip(mine, torch.autograd.grad(wanted, exact, back.double()), strict=True):
-        torch.testing.assert_close(own.double(), theirs, rtol=1e-4, atol=1e-5)
+        # Scores of 40 terms reach 15, so a probability is off by 1e-6 of itself: relative to the largest gradient that
+        # makes 1.6e-6 at most over these shapes.
+        assert (own.double() - theirs).abs().max() < 3e-6 * theirs.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 3, 4])

@@ -212,6 +212,13 @@ def gated(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, constant(0)), y, constant(0))
 
 
+@operation(types.void)
+def fetch(builder, array, at):
+    """Have the processor bring the line of the cache that holds this number, without waiting for it."""
+    to_read, near, data = int32(0), int32(3), int32(1)
+    call(builder, "prefetch.p0", ir.VoidType(), builder.gep(array, [at]), to_read, near, data)
+
+
 @operation(types.float32)
 def added(builder, x):
     """The sum of the lanes."""

@@ -19,6 +19,7 @@ from mechgrok.replicas.distinct import Beginnings, Distinct
 from mechgrok.replicas.network import Reads
 from mechgrok.replicas.packing import Linear
 from mechgrok.replicas.products import padded
+from mechgrok.replicas.side_by_side import side_by_side
 from mechgrok.types import Examples
 
 
@@ -135,6 +136,8 @@ class LayerHeads(Blockwise):
         return numbers_of_a_layer(self._net, 1) + n_later * numbers_of_a_layer(self._net, self._net.cfg.n_heads)
 
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self._compiled is not None:
+            return self._compiled_nats(self._compiled, theta, index, targets, weights)
         net, layer, frozen = self._net, self._layer, self._net.frozen
         sizes = [shape.numel() for shape in self._shapes]
         parts = theta.view(len(self._heads), len(index), -1).split(sizes, dim=2)
@@ -142,8 +145,6 @@ class LayerHeads(Blockwise):
             name: part.unflatten(2, shape)
             for name, part, shape in zip(HEAD_PARAMETERS, parts, self._shapes, strict=True)
         }
-        if self._compiled is not None:
-            return self._compiled_nats(self._compiled, own, index, targets, weights)
         given = self._inputs(index)
         reads = self._reads({name: part.transpose(0, 1) for name, part in own.items()})
         z = net.heads(layer, given.normalized, reads, self._heads).flatten(0, 1)
@@ -159,13 +160,12 @@ class LayerHeads(Blockwise):
         return cross_entropy(norm(resid), readout, bias, targets, weights)
 
     def _compiled_nats(
-        self, by: "_Compiled", own: Mapping[str, Tensor], index: Tensor, targets: Tensor, weights: Tensor
+        self, by: "_Compiled", theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         net, layer, begun = self._net, self._layer, None if self._distinct is None else self._distinct.of(index)
         pays = self._rank_pays(targets.shape[1])
-        each = {name: part.flatten(0, 1)[:, None] for name, part in own.items()}  # [replica, head, ...], one head each
-        read = self._reads(each)
-        out = self._centred(each["W_O"].squeeze(1))
+        read, out = self._laid_out(theta)
+        out = self._centred(out)
         first = compiled.Layer(
             norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
             q=None if read.q is None else Linear(*read.q, moves=True, back=False),
@@ -254,6 +254,26 @@ class LayerHeads(Blockwise):
                 place = kept[head, :, at : at + shared.shape[1]]
                 torch.sub(shared, torch.mm(given.z[head].flatten(0, 1), before @ reads.weight[0]), out=place)
         return kept.unflatten(1, (-1, n_rows))
+
+    def _laid_out(self, theta: Tensor) -> tuple[Reads, Tensor]:
+        """(how one head of each replica reads, its W_O Float[replica, d_head, d_model]), Float[replica, param]."""
+        net, layer = self._net, self._layer
+        groups = ("QKV",) if len(net.queries(layer)) == net.n_pos else ("Q", "KV")
+        weights, out, biases = side_by_side(theta, net.cfg.d_model, net.cfg.d_head, groups)
+
+        def read(letters: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            if net.cfg.positional_embedding_type != "shortformer":
+                return weight, bias[:, None].flatten(2)
+            parts = weight.unflatten(2, (len(letters), -1)).unbind(2)
+            each = (
+                own[:, None, None] + net.positions(layer, letter, part[:, None], net.frozen)
+                for letter, part, own in zip(letters, parts, bias.unbind(1), strict=True)
+            )
+            return weight, torch.stack(torch.broadcast_tensors(*each), dim=2).flatten(2)
+
+        if len(groups) == 1:
+            return Reads(None, read("QKV", weights[0], biases)), out
+        return Reads(read("Q", weights[0], biases[:, :1]), read("KV", weights[1], biases[:, 1:])), out
 
     def _reads(self, own: Mapping[str, Tensor]) -> Reads:
         """Of the heads' parameters, Float[replica, head, ...]."""
