@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mechgrok.replicas.fused import kept
 from mechgrok.replicas.network import Network, Parameters, rows_of
 
 ALIKE = 0.5  # of the rows of a batch at most so many distinct ones, and each is read once
@@ -29,31 +31,55 @@ class Distinct:
     """
 
     def __init__(self, net: Network, tokens: Tensor):
-        self._tokens, self._d_vocab = tokens, net.cfg.d_vocab
+        self._d_vocab = net.cfg.d_vocab
         self._placed = net.cfg.positional_embedding_type == "standard"
-        self._start = self._d_vocab * net.every if self._placed else 0
-        found = torch.zeros(self._d_vocab * (net.n_pos if self._placed else 1), dtype=torch.bool, device=tokens.device)
-        found[tokens + self._start] = True
-        self._what, self._number = found.nonzero().squeeze(1), found.cumsum(0) - 1
+        start = self._d_vocab * net.every if self._placed else 0
+        found = torch.zeros(self._d_vocab * (net.n_pos if self._placed else 1), dtype=torch.bool)
+        found[tokens + start] = True
+        self._what, self._numbers = found.nonzero().squeeze(1), (found.cumsum(0) - 1)[tokens + start]
         first = int(net.queries(0)[0]) if self._placed else 0
-        self._asks = self._what >= self._d_vocab * first
+        self._asks, self._place = self._what >= self._d_vocab * first, torch.empty_like(self._what)
 
     def of(self, index: Tensor) -> Beginnings | None:
         """Of the examples Int[chain, example]; None where too few begin alike for it to pay."""
-        if len(self._what) > SPARSE * index.shape[1] * self._tokens.shape[1]:
+        numbers = self._numbers[index].flatten(1)
+        if len(self._what) > SPARSE * numbers.shape[1]:
             return None
-        numbers = self._number[self._tokens[index] + self._start].flatten(1)
-        there = numbers.new_zeros(len(index), len(self._what)).scatter_(1, numbers, 1)
-        n = int(there.sum(1).max())
-        if n > ALIKE * numbers.shape[1]:
-            return None
-        # Those that are there first, in their order; chains that have fewer are filled up with others.
-        rows = there.argsort(dim=1, descending=True, stable=True)[:, :n].contiguous()
-        asking = int((there * ~self._asks).sum(1).min())
-        return Beginnings(rows, (there.cumsum(1) - 1).gather(1, numbers), asking)
+        rows, which = numbers.new_empty(len(index), len(self._what)), torch.empty_like(numbers)
+        n, asking = _distinct(*(each.numpy() for each in (numbers, self._asks, self._place, rows, which)))
+        return None if n > ALIKE * numbers.shape[1] else Beginnings(rows[:, :n].contiguous(), which, asking)
 
     def embed(self, parameters: Parameters, rows: Tensor | None = None) -> Tensor:
         """The residual stream before the first layer: of these rows Int[replica, n], or of all, as one replica's."""
         what = self._what[None] if rows is None else self._what[rows]
         resid = rows_of(parameters["embed.W_E"], what % self._d_vocab)
         return resid + rows_of(parameters["pos_embed.W_pos"], what // self._d_vocab) if self._placed else resid
+
+
+@kept
+def _distinct(
+    numbers: np.ndarray, asks: np.ndarray, place: np.ndarray, rows: np.ndarray, which: np.ndarray
+) -> tuple[int, int]:
+    """(how many distinct numbers a chain has at most, how many of them at least do not ask).
+
+    rows: receive of each chain those that are there, in their order, and then the others, for chains that have fewer.
+    which: receive as which of these each number comes. place: room.
+    """
+    most, asking = 0, len(asks)
+    for chain in range(len(numbers)):
+        place[:] = -1
+        for number in numbers[chain]:
+            place[number] = 0
+        n, silent = 0, 0
+        for what in range(len(asks)):
+            if place[what] == 0:
+                rows[chain, n], place[what] = what, n
+                n, silent = n + 1, silent + (not asks[what])
+        for row in range(numbers.shape[1]):
+            which[chain, row] = place[numbers[chain, row]]
+        most, asking = max(most, n), min(asking, silent)
+        for what in range(len(asks)):
+            if place[what] < 0:
+                rows[chain, n] = what
+                n += 1
+    return most, asking
