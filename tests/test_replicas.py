@@ -22,6 +22,7 @@ from mechgrok.llc.problem import groups, make_problem
 from mechgrok.model import model_losses
 from mechgrok.replicas import blockwise
 from mechgrok.replicas.cross_entropy import cross_entropy
+from mechgrok.replicas.distinct import Distinct
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.network import Network, why_not
 from mechgrok.replicas.whole import NetworkPotential
@@ -318,6 +319,36 @@ def test_rows_that_begin_alike_are_read_once(
         resid, begun = seen[-1]
         assert (begun is not None) == told_apart
         assert (resid.shape[1] < index.shape[1] * N_POS) == told_apart
+
+
+@pytest.mark.parametrize("positions", ["standard", "shortformer"])
+@pytest.mark.parametrize("scored", ["all", "last"])
+@pytest.mark.parametrize("size", [1, 4, 40])
+def test_each_distinct_row_of_a_batch_is_there_once(
+    size: int, positions: str, scored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechgrok.replicas.distinct.ALIKE", 1.0)
+    monkeypatch.setattr("mechgrok.replicas.distinct.SPARSE", 1000)
+    model = build(n_layers=1, positional_embedding_type=positions)
+    data = examples(model, scored)
+    net = Network(model, data)
+    index = torch.randint(N_EXAMPLES, (N_CHAINS, size), generator=seeds.stream(0, "batches", size))
+    distinct = Distinct(net, data.tokens)
+    begun = distinct.of(index)
+    assert begun is not None
+    resid = net.embed(data.tokens[index], net.frozen)
+    for chain, rows in enumerate(begun.rows):
+        mine = distinct.embed(net.frozen, rows[None])[0]
+        assert torch.equal(mine[begun.which[chain]], resid[chain]) and len(mine.unique(dim=0)) == len(mine)
+    # One of token and position, or of the token alone where positions do not enter the residual stream.
+    placed = positions == "standard"
+    pairs = [
+        {(at if placed else 0, int(token)) for tokens in data.tokens[own] for at, token in enumerate(tokens)}
+        for own in index
+    ]
+    assert begun.rows.shape[1] == max(map(len, pairs))
+    asks = N_POS - 1 if scored == "last" and placed else 0
+    assert begun.asking == min(sum(at < asks for at, _ in found) for found in pairs)
 
 
 @pytest.mark.parametrize("memory", [PLENTY, 0.0])

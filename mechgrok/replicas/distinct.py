@@ -42,9 +42,9 @@ class Distinct:
 
     def of(self, index: Tensor) -> Beginnings | None:
         """Of the examples Int[chain, example]; None where too few begin alike for it to pay."""
-        numbers = self._numbers[index].flatten(1)
-        if len(self._what) > SPARSE * numbers.shape[1]:
+        if len(self._what) > SPARSE * index.shape[1] * self._numbers.shape[1]:
             return None
+        numbers = self._numbers[index].flatten(1)
         rows, which = numbers.new_empty(len(index), len(self._what)), torch.empty_like(numbers)
         n, asking = _distinct(*(each.numpy() for each in (numbers, self._asks, self._place, rows, which)))
         return None if n > ALIKE * numbers.shape[1] else Beginnings(rows[:, :n].contiguous(), which, asking)
