@@ -256,7 +256,7 @@ class LayerHeads(Blockwise):
         return kept.unflatten(1, (-1, n_rows))
 
     def _laid_out(self, theta: Tensor) -> tuple[Reads, Tensor]:
-        """(how one head of each replica reads, its W_O Float[replica, d_head, d_model]), Float[replica, param]."""
+        """Of Float[replica, param]: (how each replica's head reads, its W_O Float[replica, d_head, d_model])."""
         net, layer = self._net, self._layer
         groups = ("QKV",) if len(net.queries(layer)) == net.n_pos else ("Q", "KV")
         weights, out, biases = side_by_side(theta, net.cfg.d_model, net.cfg.d_head, groups)
