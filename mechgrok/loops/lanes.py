@@ -19,6 +19,7 @@ CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
 
 _FEATURES = binding.get_host_cpu_features()
 HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # whether `into_dots` is one instruction here
+_HAS_PERMUTE = bool(_FEATURES.get("avx512f"))
 HAS_AMX = bool(_FEATURES.get("amx-bf16"))  # whether there are faster ones, which torch's products have
 
 number = np.float32
@@ -129,8 +130,9 @@ def store(builder, array, at, n, x):
 
 @operation(types.void)
 def prefetch(builder, array, at):
-    """Have the number at `at` brought into the first cache, to be read."""
-    call(builder, "prefetch.p0", ir.VoidType(), address(builder, array, at), int32(0), int32(3), int32(1))
+    """Have the number at `at` brought into the first cache, to be read, without waiting for it."""
+    to_read, near, data = int32(0), int32(3), int32(1)
+    call(builder, "prefetch.p0", ir.VoidType(), address(builder, array, at), to_read, near, data)
 
 
 @operation(types.void)
@@ -212,13 +214,6 @@ def gated(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, constant(0)), y, constant(0))
 
 
-@operation(types.void)
-def fetch(builder, array, at):
-    """Have the processor bring the line of the cache that holds this number, without waiting for it."""
-    to_read, near, data = int32(0), int32(3), int32(1)
-    call(builder, "prefetch.p0", ir.VoidType(), builder.gep(array, [at]), to_read, near, data)
-
-
 @operation(types.float32)
 def added(builder, x):
     """The sum of the lanes."""
@@ -270,6 +265,15 @@ def put(builder, x, at, value):
     here = ir.Constant(INTS, list(range(WIDTH)))
     lane = spread_out(builder, builder.trunc(at, ir.IntType(32)), INTS)
     return builder.select(builder.icmp_signed("==", here, lane), spread_out(builder, value), x)
+
+
+@operation(lanes)
+def lane(builder, x, at):
+    """The number in lane `at` in all lanes, without a way through memory where one instruction does it."""
+    at = builder.trunc(at, ir.IntType(32))
+    if _HAS_PERMUTE:
+        return call(builder, "x86.avx512.permvar.sf.512", FLOATS, x, spread_out(builder, at, INTS))
+    return spread_out(builder, builder.extract_element(x, at))
 
 
 @operation(types.float32)

@@ -7,7 +7,7 @@ for all examples and kept, and the residual stream itself is never made. Neurons
 from numba import njit
 
 from mechgrok.loops.kept import OPTIONS
-from mechgrok.loops.lanes import WIDTH, fetch
+from mechgrok.loops.lanes import WIDTH, prefetch
 from mechgrok.replicas.linear import linear_back, linear_gradient, weigh
 from mechgrok.replicas.loss import take_logits
 from mechgrok.replicas.products import copy, gate, loop, padded, rectify
@@ -34,7 +34,7 @@ def take_kept(p, layer, member, n_examples, index, at, kept, room):
         if row + AHEAD < n_rows:
             of = _kept_at(p, member, index, at, row + AHEAD) * width
             for c in range(0, width, WIDTH):
-                fetch(kept, of + c)
+                prefetch(kept, of + c)
         if row >= 0:
             of = _kept_at(p, member, index, at, row) * width
             copy(kept, of, n_neurons, room, layer.active + row * n_neurons)

@@ -11,6 +11,7 @@ from mechgrok.loops.lanes import (
     added,
     exp,
     first,
+    lane,
     largest,
     load,
     minus,
@@ -54,14 +55,12 @@ def patterns(q, query, q_row, rest, key, rest_row, n_keys, scale, d_head, patter
 
 
 @njit(**OPTIONS)
-def _sum(weights, place, x, at, row, n_rows, out, to, n):
-    """out = the sum over rows of x of each times its weight, n numbers; they are written once, as what is read again
-    right after it was written in part has to be waited for.
-    """
+def _sum(weights, x, at, row, n_rows, out, to, n):
+    """out = the sum over rows of x of each times its lane of the weights, n numbers."""
     for c in range(0, n, WIDTH):
         left, total = min(WIDTH, n - c), spread(ZERO)
         for j in range(n_rows):
-            total = plus(total, times(spread(weights[place + j]), load(x, at + j * row + c, left, ZERO)))
+            total = plus(total, times(lane(weights, j), load(x, at + j * row + c, left, ZERO)))
         store(out, to + c, left, total)
 
 
@@ -69,27 +68,31 @@ def _sum(weights, place, x, at, row, n_rows, out, to, n):
 def values(pattern, place, rest, value, rest_row, n_keys, d_head, z, to, z_row):
     """z of each query."""
     for i in range(len(n_keys)):
-        _sum(pattern, place + i * WIDTH, rest, value, rest_row, int(n_keys[i]), z, to + i * z_row, d_head)
+        shares = load(pattern, place + i * WIDTH, WIDTH, ZERO)
+        _sum(shares, rest, value, rest_row, int(n_keys[i]), z, to + i * z_row, d_head)
 
 
 @njit(**OPTIONS)
 def patterns_back(
     q, query, q_row, rest, key, value, rest_row, n_keys, scale, d_head, pattern, place, dz, back, z_row, dq, drest
 ):  # fmt: skip
-    """dq, and the gradients by the keys and values that some query sees, in drest."""
+    """dq, and the gradients by the keys and values that some query sees, in drest.
+
+    What is made of one key after another stays in a register: a number that is read again right after it was written
+    has to be waited for, and in some runs, as its address happened to be, twice as long as all of this takes.
+    """
     n_queries = len(n_keys)
     for i in range(n_queries - 1, -1, -1):  # the last one sees all keys that any does, and is not added
-        seen, at, own, asks = int(n_keys[i]), place + i * WIDTH, back + i * z_row, query + i * q_row
-        shares, dshares = load(pattern, at, WIDTH, ZERO), spread(ZERO)
+        seen, own, asks = int(n_keys[i]), back + i * z_row, query + i * q_row
+        shares, dshares = load(pattern, place + i * WIDTH, WIDTH, ZERO), spread(ZERO)
         for j in range(seen):
             dshares = put(dshares, j, _dot(dz, own, rest, value + j * rest_row, d_head))
-            _add(pattern[at + j], dz, own, i < n_queries - 1, drest, value + j * rest_row, d_head)
+            _add(lane(shares, j), dz, own, i < n_queries - 1, drest, value + j * rest_row, d_head)
         inner = added(times(shares, dshares))
-        # The pattern has served, so its place takes the gradient by the scores.
-        store(pattern, at, WIDTH, times(times(shares, spread(scale)), minus(dshares, spread(inner))))
+        dscores = times(times(shares, spread(scale)), minus(dshares, spread(inner)))
         for j in range(seen):
-            _add(pattern[at + j], q, asks, i < n_queries - 1, drest, key + j * rest_row, d_head)
-        _sum(pattern, at, rest, key, rest_row, seen, dq, asks, d_head)
+            _add(lane(dscores, j), q, asks, i < n_queries - 1, drest, key + j * rest_row, d_head)
+        _sum(dscores, rest, key, rest_row, seen, dq, asks, d_head)
 
 
 @njit(**OPTIONS)
@@ -97,5 +100,5 @@ def _add(by, x, at, add, out, to, n):
     """out (+)= by x, n numbers."""
     for c in range(0, n, WIDTH):
         left = min(WIDTH, n - c)
-        y = times(spread(by), load(x, at + c, left, ZERO))
+        y = times(by, load(x, at + c, left, ZERO))
         store(out, to + c, left, plus(load(out, to + c, left, ZERO), y) if add else y)

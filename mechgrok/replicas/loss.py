@@ -4,7 +4,8 @@ The logits of thousands of classes would not stay in a core's own cache. So thos
 turned into exponentials while they are in the first cache, relative to one logit of the row, as a softmax may be; only
 rows where another is so much larger that its exponential is no float32 are done anew, relative to the largest. Once the
 sums over all classes are known, the gradient by a logit is its exponential times a number of the row, so where the rows
-that the logits came from are shorter, these are multiplied by it. The order of loops is ours.
+that the logits came from are shorter, these are multiplied by it. Few classes are all there at once, and so are their
+sums: then exponentials become gradients in place. The order of loops is ours.
 """
 
 from numba import njit
@@ -132,7 +133,9 @@ def _exponentials(p, row, n_rows, begin, n, room, here, biases, bias, targets, a
 
 
 @loop
-def _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, known):
+def _sum_up(
+    p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, weights, biases, bias, room, known
+):  # fmt: skip
     """The exponentials of all logits, relative to each row's origin, which is found first if it is not known; while
     they are in the first cache the rows that logits came from get theirs times W^T. keep: all of the exponentials too.
     """
@@ -152,14 +155,38 @@ def _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, tar
                 _raise_origins(p, row, some, n, room, to, biases, bias, True)
             _exponentials(p, row, some, begin, n, room, to, biases, bias + begin, targets, at)
             if p.backward:
+                if p.n_classes <= p.classes:
+                    _add_up(p, row, some, room)
+                    _settle(p, row, some, targets, weights, at, biases, bias, room)
+                    _into_gradients(p, row, some, room, to, targets, at)
                 each, here, more = ready(m, room, to, some, n, room, end), dx + row * m.n_in, begin > 0
                 back_by_ready(m, begin, n, replica, shared, own, room, each, some, room, here, more)
                 if direct:
                     here = p.narrow + row * p.own_logits.n_in
                     back_by_ready(p.own_logits, begin, n, replica, shared, own, room, each, some, room, here, more)
-    for row in range(n_rows):
-        room[p.others + row] = added(load(room, p.rest + row * WIDTH, WIDTH, ZERO))
-        room[p.along + row] = added(load(room, p.inner + row * WIDTH, WIDTH, ZERO))
+    if not p.backward or p.n_classes > p.classes:
+        _add_up(p, 0, n_rows, room)
+
+
+@loop
+def _add_up(p, row, n_rows, room):
+    """The sums of n_rows rows from `row` on, from those of each lane."""
+    for r in range(row, row + n_rows):
+        room[p.others + r] = added(load(room, p.rest + r * WIDTH, WIDTH, ZERO))
+        room[p.along + r] = added(load(room, p.inner + r * WIDTH, WIDTH, ZERO))
+
+
+@loop
+def _into_gradients(p, row, n_rows, room, here, targets, at):
+    """All exponentials of n_rows rows from `row` on -> the gradients by x: they sum to zero with the target's own."""
+    for r in range(row, row + n_rows):
+        place, factor = here + (r - row) * p.n_classes, room[p.factor + r]
+        by = spread(factor)
+        for c in range(0, p.n_classes, WIDTH):
+            left = min(WIDTH, p.n_classes - c)
+            store(room, place + c, left, times(load(room, place + c, left, ZERO), by))
+        room[place + targets[at + r]] = -room[p.others + r] * factor
+        room[p.factor + r] = ONE
 
 
 @loop
@@ -202,7 +229,9 @@ def loss(
     x, head = ready(reads, room, read, n_rows, reads.n_in, room, p.ready), own_z
     if direct:
         head = ready(p.own_logits, room, own_z, n_rows, p.own_logits.n_in, room, p.ready_head)
-    _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, False)
+    _sum_up(
+        p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, weights, biases, bias, room, False
+    )
     if _largest_sum(p, n_rows, room) > LARGEST_SUM:
         for begin in range(0, p.n_classes, p.classes):
             n, base = min(p.classes, p.n_classes - begin), p.base + begin * n_rows
@@ -210,15 +239,18 @@ def loss(
                 some = min(p.together, n_rows - row)
                 _logits(p, low, direct, x, head, replica, row, some, begin, n, base, shared, own, room, p.logits)
                 _raise_origins(p, row, some, n, room, p.logits, biases, bias + begin, False)
-        _sum_up(p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, biases, bias, room, True)
+        _sum_up(
+            p, low, direct, x, head, keep, replica, n_rows, at, shared, own, targets, weights, biases, bias, room, True
+        )
     copy(room, p.others, n_rows, others, to)
     copy(room, p.target, n_rows, away, to)
     if not p.backward:
         return
-    _settle(p, n_rows, targets, weights, at, biases, bias, room)
-    _end_back(p, m, replica, n_rows, targets, at, shared, own, room, dx)
-    if direct:
-        _end_back(p, p.own_logits, replica, n_rows, targets, at, shared, own, room, p.narrow)
+    if p.n_classes > p.classes:
+        _settle(p, 0, n_rows, targets, weights, at, biases, bias, room)
+        _end_back(p, m, replica, n_rows, targets, at, shared, own, room, dx)
+        if direct:
+            _end_back(p, p.own_logits, replica, n_rows, targets, at, shared, own, room, p.narrow)
     if keep:
         _gradients(p, moved, replica, by, n_rows, targets, at, room, gradients)
     if direct:
@@ -243,13 +275,14 @@ def _end_back(p, m, replica, n_rows, targets, at, shared, own, room, dx):
 @loop
 def _gradients(p, m, replica, x, n_rows, targets, at, room, gradients):
     """Those of m, which reads x, and of the readout's bias from the exponentials, if they are wanted."""
-    half, by, ones = p.readout.half, p.scaled, p.factor
+    half, by, ones, settled = p.readout.half, x, p.factor, p.n_classes <= p.classes
     to, db = m.dweight + replica * m.n_in * m.n_out, p.readout.dbias + replica * p.n_classes
-    if m.dweight >= 0:
-        _rows_times(room, x, n_rows, m.n_in, p.factor, room, p.scaled)
+    if m.dweight >= 0 and not settled:
+        by = p.scaled
+        _rows_times(room, x, n_rows, m.n_in, p.factor, room, by)
     if half:
-        by, ones = p.ready, p.ready + rows_of_pairs(n_rows) * m.n_in
-        pair_rows(room, p.scaled, n_rows, m.n_in, room, by)
+        scaled, by, ones = by, p.ready, p.ready + rows_of_pairs(n_rows) * m.n_in
+        pair_rows(room, scaled, n_rows, m.n_in, room, by)
         pair_rows(room, p.factor, n_rows, 1, room, ones)
     for begin in range(0, p.n_classes, p.classes):
         n = min(p.classes, p.n_classes - begin)
@@ -261,7 +294,7 @@ def _gradients(p, m, replica, x, n_rows, targets, at, room, gradients):
             products_of_columns(gradients, to + begin, m.n_out, half, room, by, m.n_in, room, of, n, n_rows)
         if p.readout.dbias >= 0:
             products_of_columns(gradients, db + begin, n, half, room, ones, 1, room, of, n, n_rows)
-        for row in range(n_rows):  # the targets' own, whose sum with all others is zero
+        for row in range(0 if settled else n_rows):  # the targets' own, whose sum with all others is zero
             target = targets[at + row]
             if begin <= target < begin + n:
                 if m.dweight >= 0:
@@ -272,20 +305,21 @@ def _gradients(p, m, replica, x, n_rows, targets, at, room, gradients):
 
 
 @loop
-def _settle(p, n_rows, targets, weights, at, biases, bias, room):
+def _settle(p, first_row, n_rows, targets, weights, at, biases, bias, room):
     """The sums are known: the derivative by each row's scale, and by what its exponentials are to be multiplied. The
     target's own is less than zero, what they sum to: together with the factor that is weight (p - 1). Sixteen rows at a
     time.
     """
-    for row in range(n_rows):
-        room[p.origin + row] = biases[bias + targets[at + row]]
-    for row in range(0, n_rows, WIDTH):
-        left = min(WIDTH, n_rows - row)
+    end = first_row + n_rows
+    for row in range(first_row, end):
+        room[p.factor + row] = biases[bias + targets[at + row]]
+    for row in range(first_row, end, WIDTH):
+        left = min(WIDTH, end - row)
         total, away = load(room, p.others + row, left, ONE), load(room, p.target + row, left, ZERO)
         scale, weight = load(room, p.scale + row, left, ONE), load(weights, at + row, left, ZERO)
         share = over(weight, plus(total, exp(away)))
         # The gradient by the logits sums to zero, so the distance to any one number serves.
-        moved = minus(away, load(room, p.origin + row, left, ZERO))
+        moved = minus(away, load(room, p.factor + row, left, ZERO))
         along = minus(load(room, p.along + row, left, ZERO), times(total, moved))
         store(room, p.along + row, left, over(times(along, share), scale))
         store(room, p.factor + row, left, times(share, scale))
