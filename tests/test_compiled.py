@@ -14,12 +14,12 @@ from mechgrok.components import component
 from mechgrok.loops import lanes, tiles
 from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import WIDTH, gated, load, put, spread, store, where_above
-from mechgrok.replicas import compiled
+from mechgrok.replicas import compiled, plan
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.replicas.linear import MATRIX, linear, linear_back, linear_gradient
 from mechgrok.replicas.network import Network
 from mechgrok.replicas.norms import NORM, normalize, normalize_back
-from mechgrok.replicas.packing import Linear, Packed, fill
+from mechgrok.replicas.packing import Linear, fill, laid_out
 from mechgrok.replicas.pairs import PANEL, pair_rows, pair_terms, row_of_pairs, rows_of_pairs, turn_pairs
 from mechgrok.replicas.products import ZERO
 from mechgrok.replicas.whole import NetworkPotential
@@ -122,14 +122,27 @@ def test_int16_where_logits_are_hundreds_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_blocks_of_any_number_of_examples_give_the_same(
     rows: int, d_mlp: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for potential in potentials(d_mlp=d_mlp):
-        theta, index = moved(potential.anchor), batch(7)
-        losses, gradient = potential.losses_and_grad(theta, index)
-        with monkeypatch.context() as patch:
-            patch.setattr(compiled, "ROWS", rows)
-            again, other = potential.losses_and_grad(theta, index)
+    index, usual = batch(7), potentials(d_mlp=d_mlp)
+    before = [potential.losses_and_grad(moved(potential.anchor), index) for potential in usual]
+    monkeypatch.setattr(plan, "ROWS", rows)
+    for (losses, gradient), potential in zip(before, potentials(d_mlp=d_mlp), strict=True):
+        again, other = potential.losses_and_grad(moved(potential.anchor), index)
         torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [{}, {"d_mlp": 7}, {"d_mlp": 7, "normalization_type": None}])
+def test_calls_of_many_shapes_leave_no_trace_in_each_other(shape: dict) -> None:
+    """Where numbers lie is told once for each shape; the bits are those of a potential that was called but once."""
+    batches = [batch(size) for size in (7, 2, 9, 7)]
+    for at, potential in enumerate(potentials(**shape)):
+        theta = moved(potential.anchor)
+        for of in (theta, 2 * theta):
+            for index in batches:
+                fresh = potentials(**shape)[at]
+                assert torch.equal(potential.losses(of, index), potentials(**shape)[at].losses(of, index))
+                both = zip(potential.losses_and_grad(of, index), fresh.losses_and_grad(of, index), strict=True)
+                assert all(torch.equal(one, other) for one, other in both)
 
 
 @pytest.mark.parametrize("size", [1.0, 200.0])
@@ -141,18 +154,26 @@ def test_classes_by_and_by_give_the_same(d_vocab_out: int, size: float, monkeypa
     model = build(d_vocab_out=d_vocab_out)
     model.unembed.W_U.data *= size
     data = examples(model, "some")
-    heads = [LayerHeads(model, data, layer, range(2), PLENTY) for layer in (0, 1)]
-    for potential in [*heads, NetworkPotential(model, data, component(model, "model"), PLENTY)]:
-        theta, index = moved(potential.anchor), batch(7)
-        losses, gradient = potential.losses_and_grad(theta, index)
-        with monkeypatch.context() as patch:
-            patch.setattr(compiled, "LOGITS", 1)
-            again, other = potential.losses_and_grad(theta, index)
-            assert torch.equal(again, potential.losses(theta, index))
+    index = batch(7)
+
+    def found() -> list[tuple[torch.Tensor, ...]]:
+        heads = [LayerHeads(model, data, layer, range(2), PLENTY) for layer in (0, 1)]
+        each = [*heads, NetworkPotential(model, data, component(model, "model"), PLENTY)]
+        thetas = [moved(potential.anchor) for potential in each]
+        pairs = zip(each, thetas, strict=True)
+        return [
+            (*potential.losses_and_grad(theta, index), potential.losses(theta, index)) for potential, theta in pairs
+        ]
+
+    at_once = found()
+    monkeypatch.setattr(plan, "LOGITS", 1)
+    for (losses, gradient, _), (again, other, evaluated) in zip(at_once, found(), strict=True):
+        assert torch.equal(again, evaluated)
         torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert losses.isfinite().all() and gradient.isfinite().all()
-    exact, _ = exactly(model, data, component(model, "model")).losses_and_grad(theta.double(), index)
+    whole = exactly(model, data, component(model, "model"))
+    exact, _ = whole.losses_and_grad(moved(whole.anchor.float()).double(), index)
     torch.testing.assert_close(losses, exact, rtol=3e-5, atol=3e-5)
     assert (float(exact.max()) > 200) == (size > 1)
 
@@ -212,14 +233,12 @@ def test_linear_maps_and_their_gradients(
     n = 3 if each else 1
     weight, bias, x = normal(n, n_in, n_out), normal(n, n_bias, n_out), normal(n_rows, n_in)
     linear = Linear(weight, bias, moves=True)
-    packed = Packed([linear], half=half)
-    packed.places[id(linear)].update(dweight=0, dbias=weight.numel())
-    record = np.zeros((), MATRIX)
-    fill(record, linear, packed.places)
+    layout, record = laid_out([linear], half=half), np.zeros((), MATRIX)
+    fill(record, linear, layout.places[0] | {"dweight": 0, "dbias": weight.numel()})
     record["spare"] = room = n_rows * max(n_in, n_out)
     out, dx = (torch.full((room + (n_rows + 3) * (n_in + n_out + 131),), torch.nan) for _ in range(2))
     gradients, replica = torch.zeros(weight.numel() + bias.numel()), n - 1
-    arrays = [part.view(-1).numpy() for part in (packed.flat, torch.zeros(1), x)]
+    arrays = [part.view(-1).numpy() for part in (layout.pack([linear]), torch.zeros(1), x)]
     _apply(record[()], replica, *arrays, n_rows, *(part.numpy() for part in (out, dx, gradients)))
     out, dx = out[: n_rows * n_out].view(n_rows, n_out), dx[: n_rows * n_in].view(n_rows, n_in)
     rows, own = torch.arange(n_rows) % n_bias, weight[replica]
@@ -339,12 +358,11 @@ def test_what_is_no_number_stays_none_as_int16() -> None:
     weight, x = normal(1, 40, 33), normal(5, 40)
     x[1], x[2, 3], x[3, 4] = 0, torch.inf, torch.nan
     linear = Linear(weight, moves=True)
-    packed = Packed([linear], half=True)
-    record = np.zeros((), MATRIX)
-    fill(record, linear, packed.places)
+    layout, record = laid_out([linear], half=True), np.zeros((), MATRIX)
+    fill(record, linear, layout.places[0])
     record["spare"] = 5 * 40
     out, dx = torch.zeros(2000), torch.zeros(2000)
-    arrays = [part.view(-1).numpy() for part in (packed.flat, torch.zeros(1), x)]
+    arrays = [part.view(-1).numpy() for part in (layout.pack([linear]), torch.zeros(1), x)]
     _apply(record[()], 0, *arrays, 5, *(part.numpy() for part in (out, dx, torch.zeros(1))))
     out = out[: 5 * 33].view(5, 33)
     assert out[[0, 4]].isfinite().all() and not out[1].any() and not out[2:4].isfinite().any()

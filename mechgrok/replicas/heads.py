@@ -13,6 +13,7 @@ from mechgrok.components import HEAD_PARAMETERS
 from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
+from mechgrok.replicas.calls import Direct, Heads, Layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
 from mechgrok.replicas.distinct import Beginnings, Distinct
@@ -45,7 +46,7 @@ class _Compiled:
 
     passes: Passes
     mlp: dict[str, Any]
-    later: Sequence[compiled.Layer]
+    later: Sequence[Layer]
     readout: Linear
     before: Linear
     read: Linear | None
@@ -54,7 +55,7 @@ class _Compiled:
 
 @dataclass(frozen=True)
 class _Direct:
-    """Of heads of a last layer with an MLP and no norms after them; see `compiled.Direct`.
+    """Of heads of a last layer with an MLP and no norms after them; see `calls.Direct`.
 
     neurons: W_out W_U, by which the logits read the neurons, with b_U + b_out W_U. kept: of all examples, if it fits.
     """
@@ -166,7 +167,7 @@ class LayerHeads(Blockwise):
         pays = self._rank_pays(targets.shape[1])
         read, out = self._laid_out(theta)
         out = self._centred(out)
-        first = compiled.Layer(
+        first = Layer(
             norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
             q=None if read.q is None else Linear(*read.q, moves=True, back=False),
             rest=Linear(*read.rest, moves=True, back=False),
@@ -186,12 +187,12 @@ class LayerHeads(Blockwise):
                 kept, which = self._besides(given), torch.arange(index.numel()).view(index.shape)
             return self._read_directly(first, normalized, kept, which, targets, weights, begun)
         low = (by.read, by.before_read, self._logits, index) if pays else ()
-        heads = compiled.Heads(normalized, given.z.flatten(0, 1), by.before, *low)
+        heads = Heads(normalized, given.z.flatten(0, 1), by.before, *low)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
 
     def _read_directly(
         self,
-        first: compiled.Layer,
+        first: Layer,
         normalized: Tensor,
         kept: Tensor,
         index: Tensor,
@@ -199,11 +200,11 @@ class LayerHeads(Blockwise):
         weights: Tensor,
         begun: Beginnings | None,
     ) -> tuple[Tensor, Tensor]:
-        """The losses where neurons and logits read the heads of this layer directly, as `compiled.Direct` says."""
+        """The losses where neurons and logits read the heads of this layer directly, as `calls.Direct` says."""
         by, direct = self._compiled, self._direct
         assert by is not None and direct is not None
-        first = replace(first, mlp_in=None, mlp_out=None)
-        heads = compiled.Direct(normalized, by.mlp["mlp_in"], by.readout, kept, index)
+        first = replace(first, out=replace(first.out, forward=False, back=False), mlp_in=None, mlp_out=None)
+        heads = Direct(normalized, by.mlp["mlp_in"], by.readout, kept, index)
         n_replicas = len(first.out.weight)
         return by.passes((first,), direct.neurons, kept, heads, n_replicas, targets, weights, begun)
 
@@ -225,7 +226,7 @@ class LayerHeads(Blockwise):
         return Linear(torch.matmul(out.weight, readout.weight), bias)
 
     def _frozen_logits(self, taken: int) -> Tensor | None:
-        """What all heads share of the logits, of all examples, as `compiled.Heads` has it: base W_U, if they read the
+        """What all heads share of the logits, of all examples, as `calls.Heads` has it: base W_U, if they read the
         heads next and it fits beside the numbers that are `taken`.
         """
         if self._compiled is None or not self._ends_here or self._kept is None:

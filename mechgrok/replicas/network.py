@@ -60,6 +60,10 @@ class Norm:
     gain: Tensor | None
     offset: Tensor | None
 
+    def kind(self) -> tuple[bool, bool, float]:
+        """All but gain and offset."""
+        return self.centred, self.scaled, self.eps
+
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, bias) that read the normalized activation as they read gain times it plus offset.
 

@@ -1,6 +1,6 @@
 """Weights laid out as the compiled loops read them: sixteen columns at a time, one matrix after another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ class Linear:
     """x W + b. weight: Float[replica or 1, n_in, n_out]; bias: Float[replica or 1, pos or 1, n_out].
 
     moves: each replica has its own. What does not move is the same object in every call, as it is packed once.
-    back: whether the gradient by x is asked for. plain: W lies there row by row too.
-    made: by the passes themselves; `weight` tells the shape alone.
+    back: whether the gradient by x is asked for. plain: W lies there row by row too. forward: whether x W is asked for.
     """
 
     weight: Tensor
@@ -28,56 +27,69 @@ class Linear:
     moves: bool = False
     back: bool = True
     plain: bool = False
-    made: bool = False
+    forward: bool = True
+
+    def shape(self) -> tuple[Hashable, ...]:
+        """All but the numbers."""
+        bias = None if self.bias is None else self.bias.shape
+        return self.weight.shape, bias, self.moves, self.back, self.plain, self.forward
 
 
-class Packed:
-    """Linears one after another in one flat array; `places` says where each begins, by its identity.
+@dataclass(frozen=True)
+class Layout:
+    """Where linears of some shapes lie, one after another, in one flat array of `size` numbers.
 
-    Args:
-        n: of each that moves, how many replicas there are; one may serve them all.
-        half: weights as pairs of int16s, each pair in the place of one number, and a scale for each column.
+    places: of each linear, by their names in `linear.MATRIX`. n: replicas that each linear which moves has at least;
+    one may serve them all. half: weights as pairs of int16s, each pair in the place of one number, and a scale for
+    each column.
     """
 
-    def __init__(self, linears: Sequence[Linear], n: int = 1, half: bool = False):
-        self._linears, self._size = linears, 0
-        self.places: dict[int, dict[str, int]] = {}
-        weights: list[tuple[int, Tensor, bool]] = []
-        plain: list[tuple[int, Tensor]] = []
-        for linear in linears:
-            place = self.places[id(linear)] = {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)}
-            weight = linear.weight.detach()
-            weight, (_, n_in, n_out) = weight if len(weight) > 1 else weight.expand(n, -1, -1), weight.shape
-            wanted = {"weight": (n_in, n_out)} | ({"turned": (n_out, n_in)} if linear.back else {})
-            for name, (height, n_lanes) in wanted.items():
-                place[name] = self._next(len(weight) * (rows_of_pairs(height) if half else height) * padded(n_lanes))
-                if not linear.made:
-                    weights.append((place[name], weight, name == "turned"))
-            if linear.plain:
-                place["plain"] = self._next(padded(weight.numel()))
-                plain.append((place["plain"], weight))
-            if linear.bias is not None:
-                bias = linear.bias.detach()
-                bias = bias if len(bias) > 1 else bias.expand(len(weight), -1, -1)
-                place["bias"] = self._next(padded(bias.numel()))
-                plain.append((place["bias"], bias))
-        self.flat = torch.empty(self._size + WIDTH)
-        room = np.zeros(WIDTH * PANEL, np.float32)
-        for at, weight, turned in weights:
-            numbers, apart = _flat(weight)
-            lay_out(
-                numbers.numpy(), len(weight), apart, *weight.shape[1:], turned, half, room, self.flat[at:].numpy()
-            )  # fmt: skip
-        for at, numbers in plain:
-            self.flat[at : at + numbers.numel()].view(numbers.shape).copy_(numbers)
+    places: tuple[dict[str, int], ...]
+    size: int
+    n: int
+    half: bool
 
-    def holds(self, linears: Sequence[Linear]) -> bool:
-        """Whether it is of these very ones."""
-        return len(linears) == len(self._linears) and all(a is b for a, b in zip(linears, self._linears, strict=True))
+    def pack(self, linears: Sequence[Linear]) -> Tensor:
+        """The array: all weights of these, laid out as the loops take them, but for what the passes make."""
+        packed, room = torch.empty(self.size), np.zeros(WIDTH * PANEL, np.float32)
+        for linear, place in zip(linears, self.places, strict=False):
+            weight = _of_each(linear.weight, self.n)
+            for name in ("weight", "turned"):
+                if name in place:
+                    numbers, apart = _flat(weight)
+                    lay_out(
+                        numbers.numpy(), len(weight), apart, *weight.shape[1:], name == "turned", self.half, room,
+                        packed[place[name] :].numpy(),
+                    )  # fmt: skip
+            for name, part in (("plain", weight), ("bias", linear.bias)):
+                if name in place and part is not None:
+                    numbers = _of_each(part, len(weight))
+                    packed[place[name] : place[name] + numbers.numel()].view(numbers.shape).copy_(numbers)
+        return packed
 
-    def _next(self, size: int) -> int:
-        at, self._size = self._size, self._size + size
-        return at
+
+def laid_out(linears: Sequence[Linear], n: int = 1, half: bool = False) -> Layout:
+    """The layout of linears of these shapes."""
+    places: list[dict[str, int]] = []
+    size = 0
+    for linear in linears:
+        places.append(place := {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)})
+        n_each, (_, n_in, n_out) = max(n, len(linear.weight)), linear.weight.shape
+        wanted = {
+            "weight": n_each * (rows_of_pairs(n_in) if half else n_in) * padded(n_out) if linear.forward else 0,
+            "turned": n_each * (rows_of_pairs(n_out) if half else n_out) * padded(n_in) if linear.back else 0,
+            "plain": padded(n_each * n_in * n_out) if linear.plain else 0,
+            "bias": 0 if linear.bias is None else padded(max(n_each, len(linear.bias)) * linear.bias[0].numel()),
+        }
+        for name, numbers in wanted.items():
+            if numbers:
+                place[name], size = size, size + numbers
+    return Layout(tuple(places), size + WIDTH, n, half)
+
+
+def _of_each(part: Tensor, n: int) -> Tensor:
+    """Of each of n replicas, where one serves them all."""
+    return part.detach() if len(part) > 1 else part.detach().expand(n, -1, -1)
 
 
 @kept
@@ -135,11 +147,10 @@ def _flat(weight: Tensor) -> tuple[Tensor, int]:
     return weight.as_strided(((n - 1) * apart + weight[0].numel(),), (1,)), apart
 
 
-def fill(record: Any, linear: Linear | None, places: Mapping[int, dict[str, int]]) -> None:
-    """Write a record of `linear.MATRIX`; all zeros, and no gradient, for None."""
+def fill(record: Any, linear: Linear, place: Mapping[str, int]) -> None:
+    """Write a record of `linear.MATRIX`; without gradients where `place` has none."""
     record["dweight"] = record["dbias"] = -1
-    if linear is not None:
-        record["n_in"], record["n_out"], record["moves"] = *linear.weight.shape[1:], linear.moves
-        record["n_bias"] = 0 if linear.bias is None else linear.bias.shape[1]
-        for name, at in places[id(linear)].items():
-            record[name] = at
+    record["n_in"], record["n_out"], record["moves"] = *linear.weight.shape[1:], linear.moves
+    record["n_bias"] = 0 if linear.bias is None else linear.bias.shape[1]
+    for name, at in place.items():
+        record[name] = at

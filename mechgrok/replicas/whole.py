@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
+from mechgrok.replicas.calls import Layer
 from mechgrok.replicas.cross_entropy import cross_entropy
 from mechgrok.replicas.distinct import Distinct
 from mechgrok.replicas.network import Parameters
@@ -24,7 +25,7 @@ class _Compiled:
     """The compiled passes; the layers and the readout that do not move, None for those that do."""
 
     passes: compiled.Passes
-    layers: Sequence[compiled.Layer | None]
+    layers: Sequence[Layer | None]
     readout: Linear | None
 
 

@@ -1,0 +1,114 @@
+"""What `compiled.Passes` are called with: layers, what stands in for heads, and the batch."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mechgrok.replicas.distinct import Beginnings
+from mechgrok.replicas.network import Norm
+from mechgrok.replicas.packing import Linear
+
+LINEARS = ("q", "rest", "out", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer computes with, heads side by side as in `network.Reads`. out: W_O and b_O. scale: of the scores."""
+
+    norm: Norm
+    q: Linear | None
+    rest: Linear
+    out: Linear
+    n_heads: int
+    scale: float
+    mlp_norm: Norm | None = None
+    mlp_in: Linear | None = None
+    mlp_out: Linear | None = None
+
+    def linears(self) -> list[Linear | None]:
+        return [self.q, self.rest, self.out, self.mlp_in, self.mlp_out]
+
+    def shape(self) -> tuple[Hashable, ...]:
+        """All but the numbers."""
+        norms = (None if norm is None else norm.kind() for norm in (self.norm, self.mlp_norm))
+        return *_shapes(self.linears()), *norms, self.n_heads, self.scale
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where heads of the first layer stand in for the model's own.
+
+    normalized: what they read, Float[chain, row, d_model]. z: of the model's own, Float[replica, row, d_head].
+    before: -W_O of those, Float[head, d_head, d_model].
+
+    What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
+    or the readout. read: W by which it reads, None where the rank is of no use; before_read: -W_O W before.
+
+    kept: where that is the readout, the logits of resid but for their bias, Float[example, scored, padded n_classes],
+    of some examples; index: which of those the batch has, Int[chain, example].
+    """
+
+    normalized: Tensor
+    z: Tensor
+    before: Linear
+    read: Linear | None = None
+    before_read: Linear | None = None
+    kept: Tensor | None = None
+    index: Tensor | None = None
+
+    def linears(self) -> list[Linear | None]:
+        return [self.before, self.before_read, self.read]
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same where neurons and logits read heads of a last layer and no norm stands before them; see `direct`.
+
+    read, logits: W_in and W_U. kept: what is read besides, but for the logits' bias, of
+    each head and some examples, Float[head, example, scored, padded d_mlp + padded n_classes]. index: which of those
+    the batch has, Int[chain, example]. The readout that goes with it reads the neurons.
+    """
+
+    normalized: Tensor
+    read: Linear
+    logits: Linear
+    kept: Tensor
+    index: Tensor
+
+    def linears(self) -> list[Linear | None]:
+        return [self.read, self.logits]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `compiled.Passes`, whose arguments say what each is."""
+
+    layers: tuple[Layer, ...]
+    readout: Linear
+    resid: Tensor
+    heads: Heads | Direct | None
+    n_replicas: int
+    targets: Tensor
+    weights: Tensor
+    begun: Beginnings | None
+
+    def linears(self) -> list[Linear]:
+        """Each that is there, once."""
+        found = [*(linear for layer in self.layers for linear in layer.linears()), self.readout]
+        found += [] if self.heads is None else self.heads.linears()
+        return list({id(linear): linear for linear in found if linear is not None}.values())
+
+    def shape(self) -> Hashable:
+        """All that says where the passes have their numbers, but for how many distinct rows the batch has."""
+        heads, kept = self.heads, None
+        if heads is not None:
+            kept = None if heads.kept is None else heads.kept.shape
+        return (
+            *(layer.shape() for layer in self.layers), self.readout.shape(), type(heads),
+            None if heads is None else _shapes(heads.linears()), kept, self.n_replicas, self.targets.shape,
+        )  # fmt: skip
+
+
+def _shapes(linears: list[Linear | None]) -> tuple[Hashable, ...]:
+    return tuple(None if linear is None else linear.shape() for linear in linears)
