@@ -37,7 +37,7 @@ class Blockwise(ABC):
         for block in self._blocks(len(theta), index):
             leaf = theta.detach().requires_grad_()
             found, total = self._evaluate(leaf, block, 1 / index.shape[1])
-            (own,) = torch.autograd.grad(total.sum(), leaf)
+            (own,) = torch.autograd.grad(total, leaf, torch.ones_like(total))
             gradient = own if gradient is None else gradient.add_(own)
             losses.append(found)
         assert gradient is not None  # there is a block

@@ -17,7 +17,7 @@ from mechgrok.replicas.calls import Direct, Heads, Layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
 from mechgrok.replicas.distinct import Beginnings, Distinct
-from mechgrok.replicas.network import Reads
+from mechgrok.replicas.network import Norm, Reads
 from mechgrok.replicas.packing import Linear
 from mechgrok.replicas.products import padded
 from mechgrok.replicas.side_by_side import side_by_side
@@ -45,6 +45,8 @@ class _Compiled:
     """The compiled passes and what is the same in each of their calls."""
 
     passes: Passes
+    norm: Norm
+    scale: float
     mlp: dict[str, Any]
     later: Sequence[Layer]
     readout: Linear
@@ -96,6 +98,7 @@ class LayerHeads(Blockwise):
         self._shapes = [own[part].shape[1:] for part in HEAD_PARAMETERS]
         self.anchor = torch.cat([own[part].flatten(1) for part in HEAD_PARAMETERS], dim=1)
         self.anchor = self.anchor if len(self._heads) > 1 else self.anchor[0]
+        self._final = self._net.norm("ln_final", self._net.frozen)
         self._before = self._centred(own["W_O"])
         self._ends_here = layer == model.cfg.n_layers - 1 and bool(model.cfg.attn_only)
         self._readout, self._bias = self._net.readout(self._net.frozen)
@@ -126,7 +129,9 @@ class LayerHeads(Blockwise):
         # What reads the residual stream next, if one map reads all its rows.
         read = mlp["mlp_in"] if mlp else (later[0].rest if later[0].q is None else None) if later else readout
         before = None if read is None else Linear(-torch.matmul(self._before, read.weight), back=False, plain=True)
-        return _Compiled(Passes(net, precision), mlp, later, readout, Linear(-self._before, back=False), read, before)
+        still = Linear(-self._before, back=False)
+        norm, scale = net.norm(f"blocks.{self._layer}.ln1", net.frozen), net.scale(self._layer)
+        return _Compiled(Passes(net, precision), norm, scale, mlp, later, readout, still, read, before)
 
     def _numbers(self) -> int:
         if self._compiled is not None:  # activations take none, and the residual stream is the same for all heads
@@ -150,7 +155,7 @@ class LayerHeads(Blockwise):
         reads = self._reads({name: part.transpose(0, 1) for name, part in own.items()})
         z = net.heads(layer, given.normalized, reads, self._heads).flatten(0, 1)
         out = self._centred(own["W_O"]).flatten(0, 1)
-        norm, readout, bias = net.norm("ln_final", frozen), self._readout, self._bias
+        norm, readout, bias = self._final, self._readout, self._bias
         if self._before_readout is not None:
             scale = (self._square(z, out, given) / net.cfg.d_model + norm.eps).rsqrt() if norm.scaled else None
             still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), self._before_readout)
@@ -163,17 +168,17 @@ class LayerHeads(Blockwise):
     def _compiled_nats(
         self, by: "_Compiled", theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        net, layer, begun = self._net, self._layer, None if self._distinct is None else self._distinct.of(index)
+        begun = None if self._distinct is None else self._distinct.of(index)
         pays = self._rank_pays(targets.shape[1])
         read, out = self._laid_out(theta)
         out = self._centred(out)
         first = Layer(
-            norm=net.norm(f"blocks.{layer}.ln1", net.frozen),
+            norm=by.norm,
             q=None if read.q is None else Linear(*read.q, moves=True, back=False),
             rest=Linear(*read.rest, moves=True, back=False),
             out=Linear(out, moves=True, plain=True),
             n_heads=1,
-            scale=net.scale(layer),
+            scale=by.scale,
             **by.mlp,
         )
         direct = self._direct if pays else None
@@ -215,7 +220,7 @@ class LayerHeads(Blockwise):
         net, cfg = self._net, self._net.cfg
         if self._compiled is None or self._compiled.later or not self._compiled.mlp:
             return None
-        if net.norm(f"blocks.{self._layer}.ln2", net.frozen).scaled or net.norm("ln_final", net.frozen).scaled:
+        if net.norm(f"blocks.{self._layer}.ln2", net.frozen).scaled or self._final.scaled:
             return None
         n_neurons, n_classes = self._compiled.mlp["mlp_in"].weight.shape[2], self._readout.shape[2]
         if n_neurons * n_classes > cfg.d_model * (n_neurons + n_classes):
@@ -258,23 +263,22 @@ class LayerHeads(Blockwise):
 
     def _laid_out(self, theta: Tensor) -> tuple[Reads, Tensor]:
         """Of Float[replica, param]: (how each replica's head reads, its W_O Float[replica, d_head, d_model])."""
-        net, layer = self._net, self._layer
+        net, layer, cfg = self._net, self._layer, self._net.cfg
         groups = ("QKV",) if len(net.queries(layer)) == net.n_pos else ("Q", "KV")
-        weights, out, biases = side_by_side(theta, net.cfg.d_model, net.cfg.d_head, groups)
+        each, out = side_by_side(theta, cfg.d_model, cfg.d_head, groups)
+        if cfg.positional_embedding_type == "shortformer":
+            each = [
+                (weight, bias + self._positions(letters, weight))
+                for letters, (weight, bias) in zip(groups, each, strict=True)
+            ]
+        return Reads(None if len(each) == 1 else each[0], each[-1]), out
 
-        def read(letters: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            if net.cfg.positional_embedding_type != "shortformer":
-                return weight, bias[:, None].flatten(2)
-            parts = weight.unflatten(2, (len(letters), -1)).unbind(2)
-            each = (
-                own[:, None, None] + net.positions(layer, letter, part[:, None], net.frozen)
-                for letter, part, own in zip(letters, parts, bias.unbind(1), strict=True)
-            )
-            return weight, torch.stack(torch.broadcast_tensors(*each), dim=2).flatten(2)
-
-        if len(groups) == 1:
-            return Reads(None, read("QKV", weights[0], biases)), out
-        return Reads(read("Q", weights[0], biases[:, :1]), read("KV", weights[1], biases[:, 1:])), out
+    def _positions(self, letters: str, weight: Tensor) -> Tensor:
+        """What shortformer's positions add to queries and keys, but not to values, side by side as weights are."""
+        values = self._net.cfg.d_head if letters.endswith("V") else 0
+        at = self._net.every if values else self._net.queries(self._layer)
+        added = torch.matmul(self._net.frozen["pos_embed.W_pos"][:, at], weight[..., : weight.shape[2] - values])
+        return torch.nn.functional.pad(added, (0, values))
 
     def _reads(self, own: Mapping[str, Tensor]) -> Reads:
         """Of the heads' parameters, Float[replica, head, ...]."""
@@ -310,7 +314,7 @@ class LayerHeads(Blockwise):
 
     def _centred(self, write: Tensor) -> Tensor:
         """Without the mean over d_model, if a LayerNorm stands before all that reads it."""
-        return write - write.mean(-1, keepdim=True) if self._net.norm("ln_final", self._net.frozen).centred else write
+        return write - write.mean(-1, keepdim=True) if self._final.centred else write
 
     def _inputs(self, index: Tensor) -> _Inputs:
         if self._kept is None:
