@@ -39,23 +39,27 @@ class Layer:
 class Heads:
     """Where heads of the first layer stand in for the model's own.
 
-    normalized: what they read, Float[chain, row, d_model]. z: of the model's own, Float[replica, row, d_head].
-    before: -W_O of those, Float[head, d_head, d_model].
+    normalized: what they read, Float[example, pos, d_model], of some examples. z: of the model's own, Float[head,
+    example, row, d_head]. index: which of those examples the batch has, Int[chain, example].
+    before: -W_O of the model's own, Float[head, d_head, d_model].
 
     What reads the residual stream next sees a head through its own rank: the MLP of the layer, or q, k, v of the next,
     or the readout. read: W by which it reads, None where the rank is of no use; before_read: -W_O W before.
 
-    kept: where that is the readout, the logits of resid but for their bias, Float[example, scored, padded n_classes],
-    of some examples; index: which of those the batch has, Int[chain, example].
+    kept: where that is the readout, the logits of resid but for their bias, Float[example, scored, padded n_classes].
     """
 
     normalized: Tensor
     z: Tensor
+    index: Tensor
     before: Linear
     read: Linear | None = None
     before_read: Linear | None = None
     kept: Tensor | None = None
-    index: Tensor | None = None
+
+    def n_kept(self) -> int:
+        """Of how many examples it tells."""
+        return self.z.shape[1]
 
     def linears(self) -> list[Linear | None]:
         return [self.before, self.before_read, self.read]
@@ -66,8 +70,8 @@ class Direct:
     """The same where neurons and logits read heads of a last layer and no norm stands before them; see `direct`.
 
     read, logits: W_in and W_U. kept: what is read besides, but for the logits' bias, of
-    each head and some examples, Float[head, example, scored, padded d_mlp + padded n_classes]. index: which of those
-    the batch has, Int[chain, example]. The readout that goes with it reads the neurons.
+    each head and some examples, Float[head, example, scored, padded d_mlp + padded n_classes]; normalized, index: as
+    above. The readout that goes with it reads the neurons.
     """
 
     normalized: Tensor
@@ -75,6 +79,10 @@ class Direct:
     logits: Linear
     kept: Tensor
     index: Tensor
+
+    def n_kept(self) -> int:
+        """Of how many examples it tells."""
+        return self.kept.shape[1]
 
     def linears(self) -> list[Linear | None]:
         return [self.read, self.logits]
@@ -101,13 +109,10 @@ class Call:
 
     def shape(self) -> Hashable:
         """All that says where the passes have their numbers, but for how many distinct rows the batch has."""
-        heads, kept = self.heads, None
-        if heads is not None:
-            kept = None if heads.kept is None else heads.kept.shape
-        return (
-            *(layer.shape() for layer in self.layers), self.readout.shape(), type(heads),
-            None if heads is None else _shapes(heads.linears()), kept, self.n_replicas, self.targets.shape,
-        )  # fmt: skip
+        heads = self.heads
+        given = None if heads is None else (type(heads), *_shapes(heads.linears()), heads.n_kept())
+        layers = (layer.shape() for layer in self.layers)
+        return *layers, self.readout.shape(), given, self.n_replicas, self.targets.shape
 
 
 def _shapes(linears: list[Linear | None]) -> tuple[Hashable, ...]:

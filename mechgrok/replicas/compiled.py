@@ -100,8 +100,9 @@ class Passes:
         """(nats, total) as `cross_entropy` returns them, of every replica at the end of these layers.
 
         Args:
-            resid: Float[chain or replica, row, d_model] before the first layer; with `heads` after its attention, at
-                the positions that are read afterwards. Of no use where these are `Direct`.
+            resid: Float[chain or replica, row, d_model] before the first layer; with `heads` Float[example, row,
+                d_model] after its attention, at the positions that are read afterwards, and of no use where these are
+                `Direct`.
             targets, weights: [chain, row], at the scored positions.
             begun: where rows begin alike, as which. Then what heads read, or else resid, of which each replica has its
                 own in a chain of its own, are the distinct ones, Float[chain, distinct row, d_model].
@@ -127,8 +128,7 @@ class Passes:
             net.scored, net.every, *self._n_keys, still, own,
             nothing if heads is None else heads.normalized, call.resid, none if begun is None else begun.which,
             heads.z if isinstance(heads, Heads) else nothing,
-            nothing if heads is None or heads.kept is None else heads.kept,
-            none if heads is None or heads.index is None else heads.index,
+            nothing if heads is None or heads.kept is None else heads.kept, none if heads is None else heads.index,
             call.targets, call.weights, self._room_of(plan.room), others, away, gradients,
         )  # fmt: skip
         with without_denormals():

@@ -39,12 +39,12 @@ def _lay_out_turned(m, replica, made, square, own):
 
 
 @loop
-def side_by_side(p, z, mine, own_z, n_rows, room):
-    """The rows that p.both reads: z of the head as it was before, from `mine` on, and then the replica's own."""
+def side_by_side(p, own_z, n_rows, room):
+    """The rows that p.both reads: z of the head as it was before, and then the replica's own."""
     d_head = p.own_read.n_in
     for row in range(n_rows):
         to = p.zs + 2 * row * d_head
-        copy(z, mine + row * d_head, d_head, room, to)
+        copy(room, p.former + row * d_head, d_head, room, to)
         copy(room, own_z + row * d_head, d_head, room, to + d_head)
 
 

@@ -16,7 +16,7 @@ from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
 from mechgrok.replicas.calls import Direct, Heads, Layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
-from mechgrok.replicas.distinct import Beginnings, Distinct
+from mechgrok.replicas.distinct import Distinct
 from mechgrok.replicas.network import Norm, Reads
 from mechgrok.replicas.packing import Linear
 from mechgrok.replicas.products import padded
@@ -135,7 +135,9 @@ class LayerHeads(Blockwise):
 
     def _numbers(self) -> int:
         if self._compiled is not None:  # activations take none, and the residual stream is the same for all heads
-            besides = sum(self._widths()) if self._direct is not None and self._direct.kept is None else 0
+            if self._kept is not None:
+                return 6 * len(self._net.scored)  # losses, in float64 as well
+            besides = 0 if self._direct is None else sum(self._widths())
             shared = 2 * self._net.cfg.d_model // len(self._heads)
             return self._net.n_pos * (shared + self._net.cfg.d_head + besides)
         n_later = self._net.cfg.n_layers - 1 - self._layer
@@ -181,37 +183,19 @@ class LayerHeads(Blockwise):
             scale=by.scale,
             **by.mlp,
         )
-        direct = self._direct if pays else None
-        if direct is not None and direct.kept is not None and begun is not None:
-            return self._read_directly(first, self._begun_as[begun.rows], direct.kept, index, targets, weights, begun)
-        given = self._inputs(index)
+        given, which = self._kept, index
+        if given is None:
+            given, which = self._run(index), torch.arange(index.numel()).view(index.shape)
         normalized = given.normalized if begun is None else self._begun_as[begun.rows]
-        if direct is not None:
-            kept, which = direct.kept, index
-            if kept is None:
-                kept, which = self._besides(given), torch.arange(index.numel()).view(index.shape)
-            return self._read_directly(first, normalized, kept, which, targets, weights, begun)
-        low = (by.read, by.before_read, self._logits, index) if pays else ()
-        heads = Heads(normalized, given.z.flatten(0, 1), by.before, *low)
+        if self._direct is not None and pays:  # neurons and logits read the heads of this layer themselves
+            kept = self._besides(given) if self._direct.kept is None else self._direct.kept
+            first = replace(first, out=replace(first.out, forward=False, back=False), mlp_in=None, mlp_out=None)
+            direct = Direct(normalized, by.mlp["mlp_in"], by.readout, kept, which)
+            return by.passes((first,), self._direct.neurons, kept, direct, len(out), targets, weights, begun)
+        low = (by.read, by.before_read, self._logits) if pays else ()
+        z = given.z.unflatten(2, (-1, len(self._net.queries(self._layer)))).flatten(1, 2)
+        heads = Heads(normalized, z, which, by.before, *low)
         return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
-
-    def _read_directly(
-        self,
-        first: Layer,
-        normalized: Tensor,
-        kept: Tensor,
-        index: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        begun: Beginnings | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The losses where neurons and logits read the heads of this layer directly, as `calls.Direct` says."""
-        by, direct = self._compiled, self._direct
-        assert by is not None and direct is not None
-        first = replace(first, out=replace(first.out, forward=False, back=False), mlp_in=None, mlp_out=None)
-        heads = Direct(normalized, by.mlp["mlp_in"], by.readout, kept, index)
-        n_replicas = len(first.out.weight)
-        return by.passes((first,), direct.neurons, kept, heads, n_replicas, targets, weights, begun)
 
     def _neurons(self) -> Linear | None:
         """W_out W_U with b_U + b_out W_U, if logits are to read neurons by them: no norm is in the way, and it is less
@@ -331,7 +315,7 @@ class LayerHeads(Blockwise):
             rows(self._kept.normalized),
             rows(self._kept.resid),
             of_heads(self._kept.z),
-            of_heads(self._kept.square[..., None])[..., 0] if self._compiled is None else self._kept.square,
+            of_heads(self._kept.square[..., None])[..., 0],
         )
 
     @torch.no_grad()

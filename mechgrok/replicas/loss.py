@@ -47,11 +47,11 @@ LARGEST_SUM = number(1e16)  # of exponentials, whose squares are numbers still; 
 
 
 @loop
-def shared_logits(p, shared, own, resid, start, n_rows, room):
+def shared_logits(p, shared, own, n_rows, room):
     """What all heads of a chain share of their logits, as `loss` takes it: some classes of all rows after others."""
     for begin in range(0, p.n_classes, p.classes):
         n = min(p.classes, p.n_classes - begin)
-        weigh_some(p.readout, begin, n, 0, shared, own, resid, start, n_rows, room, p.base + begin * n_rows, False)
+        weigh_some(p.readout, begin, n, 0, shared, own, room, p.still, n_rows, room, p.base + begin * n_rows, False)
 
 
 @loop
@@ -201,7 +201,7 @@ def _largest_sum(p, n_rows, room):
 
 @loop
 def loss(
-    p, low, direct, own_z, active, replica, n_rows, z, mine, at, to, shared, own, targets,
+    p, low, direct, own_z, active, replica, n_rows, at, to, shared, own, targets,
     weights, room, others, away, gradients
 ):  # fmt: skip
     """From the residual stream in the room after all layers: the losses, and the gradient by it in its place.
@@ -221,7 +221,7 @@ def loss(
         room[p.scale + row] = inverse_rms(p.final_norm, room, p.resid + row * d, d) if low else ONE
     biases, bias = bias_of(p.readout, replica, shared, own)
     if low:
-        side_by_side(p, z, mine, own_z, n_rows, room)
+        side_by_side(p, own_z, n_rows, room)
     reads, read = (p.both, p.zs) if low else (p.readout, active if direct else p.hat)
     m, dx = (p.own_read, p.dz) if low else (p.readout, p.wide if direct else p.narrow)
     moved, by = (p.own_logits, own_z) if direct else (m, own_z if low else p.hat)  # of what a gradient may be wanted

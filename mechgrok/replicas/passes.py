@@ -38,7 +38,7 @@ LAYER = np.dtype(
 )  # fmt: skip
 # Of the pass: sizes, the readout, where in the room is what needs no keeping; and given, that the first layer is heads
 # that stand in for the model's own; low, who reads them through their rank (0: nobody); of how many examples is kept
-# what logits, or DIRECT's readers, are besides; which gradients are wanted.
+# what they do not move, and the places of that and of a head's former z; which gradients are wanted.
 PASS = np.dtype(
     [
         ("final_norm", NORM), ("readout", MATRIX), ("before", MATRIX), ("before_read", MATRIX),
@@ -49,7 +49,8 @@ PASS = np.dtype(
             for name in (
                 "n_replicas", "n_chains", "n_examples", "at_once", "n_pos", "n_scored", "d_model", "n_classes",
                 "resid", "hat", "inverse", "logits", "exponentials", "narrow", "dz", "wide", "turned", "dscores",
-                "base", "scaled", "ready", "ready_head", "low", "n_kept", "made", "zs", "write", "square",
+                "base", "scaled", "ready", "ready_head", "low", "n_kept", "still", "former", "made", "zs", "write",
+                "square",
                 # Of `loss`: how many classes and rows at once; for each row its norm's scale, the logit that others are
                 # relative to, how far the target's is from it, the sums over the others, and what their exponentials
                 # are multiplied by; and room to sum up.
@@ -140,14 +141,14 @@ def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
 
 
 @loop
-def _low_read(p, norm, m, replica, n_rows, z, mine, own_z, hat, inverse, shared, own, room, to):
+def _low_read(p, norm, m, replica, n_rows, own_z, hat, inverse, shared, own, room, to):
     """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows, of a head
     that moved it, through that head's rank: m's bias + inverse (base + [z, own_z] p.both), base being the same for all
     heads of a chain. A few rows at a time go through all steps, while they are in the first cache.
     """
     copy(room, p.resid, n_rows * p.d_model, room, hat)
     biases, start = bias_of(m, replica, shared, own)
-    side_by_side(p, z, mine, own_z, n_rows, room)
+    side_by_side(p, own_z, n_rows, room)
     for row in range(n_rows):
         room[inverse + row] = inverse_rms(norm, room, p.resid + row * p.d_model, p.d_model)
     for first in range(0, n_rows, AT_A_TIME):
@@ -187,13 +188,13 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
 
 
 @loop
-def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared, own, room):
+def _forward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, room):
     """The residual stream in the room, before layer i -> after it; where rows begin alike, the first one's is read."""
     layer, own_z, begun = layers[i], layers[0].z, i == 0 and p.beginnings.n > 0
     n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
     if p.low == NEXT and i == 1:
         _low_read(
-            p, layer.norm, layer.rest, replica, n_all, z, mine, own_z, layer.hat, layer.inverse, shared, own, room,
+            p, layer.norm, layer.rest, replica, n_all, own_z, layer.hat, layer.inverse, shared, own, room,
             layer.rest_at,
         )  # fmt: skip
     elif not begun:
@@ -211,7 +212,7 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, z, mine, shared,
         return
     if p.low == MLP and i == 0:
         _low_read(
-            p, layer.mlp_norm, layer.mlp_in, replica, n_rows, z, mine, own_z, layer.mid, layer.mid_inverse, shared, own,
+            p, layer.mlp_norm, layer.mlp_in, replica, n_rows, own_z, layer.mid, layer.mid_inverse, shared, own,
             room, layer.active,
         )  # fmt: skip
     else:
@@ -271,6 +272,13 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
 
 
 @loop
+def _take(x, first, index, at, n_examples, n, out, to):
+    """n numbers of each of these examples, of which `first` is the one with number 0: one after another."""
+    for example in range(n_examples):
+        copy(x, (first + index[at + example]) * n, n, out, to + example * n)
+
+
+@loop
 def _clear(p, layers, replica, gradients):
     """No gradient of the replica's weights yet."""
     for i in range(len(layers)):
@@ -294,14 +302,16 @@ def run(
     Args:
         p, layers: records of PASS and LAYER. scored: the positions that the last layer goes on with. every: all.
         keys, some_keys: how many keys each position, and each scored one, sees.
-        shared, own: packed weights. x: where p.given, what the first layer reads, Float[chain, row, d_model].
-        resid: Float[chain or replica, row, d_model], the residual stream before the first layer; where p.given,
-            after its attention, to which z, Float[replica, row, d_head], times p.before is added.
-        which: where p.beginnings.n > 0, the row of x, if given, or of resid, that each row begins as, Int[chain, row].
-        kept: where p.n_kept > 0, of so many examples: what logits are besides what a chain's heads add to them,
-            Float[example, scored, class, padded]; where p.low == DIRECT, what neurons and logits are besides,
-            Float[head, example, scored, neurons and logits, both padded]. index: which of these examples each is,
-            Int[chain, example].
+        shared, own: packed weights.
+        resid: Float[chain or replica, row, d_model], the residual stream before the first layer.
+        index: where p.given, which of p.n_kept examples each of a chain's is, Int[chain, example]. Of those are x,
+            Float[example, pos, d_model], what the first layer reads; resid, after its attention instead; z,
+            Float[head, example, row, d_head], which times p.before is added to that; and kept, if it is not empty:
+            what logits are besides what a chain's heads add to them, Float[example, scored, class, padded]; or where
+            p.low == DIRECT, what neurons and logits are besides, Float[head, example, scored, neurons and logits, both
+            padded].
+        which: where p.beginnings.n > 0, the row of x, if given, or of resid, that each row begins as, Int[chain, row];
+            they are then Float[chain or replica, distinct row, d_model].
         targets, weights: [chain, row]. room: for everything between.
         others, away: [replica, row], as `loss` tells them.
         gradients: of weights. dresid: [replica, row, d_model], where p.back_to_start.
@@ -309,27 +319,29 @@ def run(
     d, n_layers = p.d_model, len(layers)
     first_rows = p.n_scored if n_layers == 0 or (p.given and layers[0].some) else p.n_pos
     n_resid, n_scored = p.n_examples * first_rows * d, p.n_examples * p.n_scored
-    each = len(resid) > p.n_chains * n_resid
+    each = not p.given and len(resid) > p.n_chains * n_resid
     own_z, begun, direct = layers[0].z if p.given else 0, p.beginnings.n > 0, p.low == DIRECT
     queries = scored if begun and layers[0].some else every
     for chain in range(p.n_chains):
         for first in range(0, p.n_examples, p.at_once):
             n = min(p.at_once, p.n_examples - first)
-            n_first, n_rows, start = n * first_rows, n * p.n_scored, chain * n_resid + first * first_rows * d
+            n_first, n_rows, here = n * first_rows, n * p.n_scored, chain * p.n_examples + first
+            if p.given and not direct:
+                _take(resid, 0, index, here, n, first_rows * d, room, p.still)
             if p.low == MLP:
-                weigh(layers[0].mlp_in, 0, shared, own, resid, start, n_first, room, p.base, False)
+                weigh(layers[0].mlp_in, 0, shared, own, room, p.still, n_first, room, p.base, False)
             elif p.low == NEXT:
-                weigh(layers[1].rest, 0, shared, own, resid, start, n_first, room, p.base, False)
-            elif p.low == READOUT and p.n_kept > 0:
-                take_shared_logits(p, n, index, chain * p.n_examples + first, kept, room)
+                weigh(layers[1].rest, 0, shared, own, room, p.still, n_first, room, p.base, False)
+            elif p.low == READOUT and len(kept) > 0:
+                take_shared_logits(p, n, index, here, kept, room)
             elif p.low == READOUT:
-                shared_logits(p, shared, own, resid, start, n_first, room)
+                shared_logits(p, shared, own, n_first, room)
             if p.given and not begun:
-                copy(x, (chain * p.n_examples + first) * p.n_pos * d, n * p.n_pos * d, room, layers[0].hat)
+                _take(x, 0, index, here, n, p.n_pos * d, room, layers[0].hat)
             for replica in range(chain, p.n_replicas, p.n_chains):
                 if p.backward and first == 0:
                     _clear(p, layers, replica, gradients)
-                member, mine, here = replica // p.n_chains, 0, (chain * p.n_examples + first) * p.n_pos
+                member = replica // p.n_chains
                 if begun and first == 0:
                     read_beginnings(p, layers[0], replica, shared, own, x if p.given else resid, room)
                 if p.low > 0 and first == 0:
@@ -339,20 +351,22 @@ def run(
                         compose(p, p.own_read, layers[0].out, p.reads, replica, shared, own, room)
                         compose(p, p.own_logits, layers[0].out, p.reads_logits, replica, shared, own, room)
                 if begun:
-                    begin(p, layers[0], replica, n, every, queries, which, here, shared, own, resid, room)
+                    begin(p, layers[0], replica, n, every, queries, which, here * p.n_pos, shared, own, resid, room)
                 if direct:
-                    take_kept(p, layers[0], member, n, index, chain * p.n_examples + first, kept, room)
-                elif p.given or not begun:
-                    copy(resid, start + (replica - chain if each else 0) * n_resid, n_first * d, room, p.resid)
-                if p.given and not direct:
-                    mine = (replica * p.n_examples + first) * first_rows * layers[0].d_head
-                    linear(p.before, member, shared, own, z, mine, n_first, room, p.resid, True)
+                    take_kept(p, layers[0], member, n, index, here, kept, room)
+                elif p.given:
+                    _take(z, member * p.n_kept, index, here, n, first_rows * layers[0].d_head, room, p.former)
+                    copy(room, p.still, n_first * d, room, p.resid)
+                    linear(p.before, member, shared, own, room, p.former, n_first, room, p.resid, True)
+                elif not begun:
+                    start = (replica if each else chain) * n_resid + first * first_rows * d
+                    copy(resid, start, n_first * d, room, p.resid)
                 for i in range(n_layers):
                     seen = some_keys if layers[i].some else keys
-                    _forward(p, layers, i, replica, n, scored, seen, z, mine, shared, own, room)
+                    _forward(p, layers, i, replica, n, scored, seen, shared, own, room)
                 at, to = chain * n_scored + first * p.n_scored, replica * n_scored + first * p.n_scored
                 loss(
-                    p, p.low == READOUT, direct, own_z, layers[0].active, replica, n_rows, z, mine, at, to,
+                    p, p.low == READOUT, direct, own_z, layers[0].active, replica, n_rows, at, to,
                     shared, own, targets, weights, room,
                     others, away, gradients,
                 )  # fmt: skip
@@ -362,7 +376,7 @@ def run(
                     seen = some_keys if layers[i].some else keys
                     _backward(p, layers, i, replica, n, scored, seen, shared, own, room, gradients)
                 if begun:
-                    hand_back(p, layers[0], replica, n, every, queries, which, here, room, gradients)
+                    hand_back(p, layers[0], replica, n, every, queries, which, here * p.n_pos, room, gradients)
                     if first + n == p.n_examples:
                         end_beginnings(p, layers[0], replica, shared, own, room, gradients, dresid)
                 if p.low > 0 and first + n == p.n_examples:

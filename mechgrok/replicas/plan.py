@@ -171,8 +171,8 @@ def _pass(net: Network, call: Call, composed: Mapping[str, Linear], places: Plac
             _matrix(record["reads"], heads.read, places)
             last = passes.READOUT if len(call.layers) == 1 else passes.NEXT
             record["low"] = last if call.layers[0].mlp_in is None else passes.MLP
-    if heads is not None and heads.kept is not None:
-        record["n_kept"] = heads.kept.shape[-3]
+    if heads is not None:
+        record["n_kept"] = heads.n_kept()
     n_classes, width = call.readout.weight.shape[2], cfg.n_heads * cfg.d_head
     classes = min(PANEL if half else max(WIDTH, LOGITS // rows // WIDTH * WIDTH), n_classes)
     together = max(8, IN_FIRST_CACHE // classes // 8 * 8)
@@ -201,7 +201,7 @@ def _pass(net: Network, call: Call, composed: Mapping[str, Linear], places: Plac
         scaled=rows * read, ready=max(rows * row_of_pairs(read), rows_of_pairs(rows) * (read + 1)) if half else 0,
         ready_head=rows * row_of_pairs(cfg.d_head) if half else 0, scale=rows,
         origin=rows, target=rows, others=rows, along=rows, factor=rows,
-        rest=rows * WIDTH, inner=rows * WIDTH, spot=WIDTH,
+        still=rows * cfg.d_model, former=rows * cfg.d_head, rest=rows * WIDTH, inner=rows * WIDTH, spot=WIDTH,
         made=2 * cfg.d_head * widest, zs=2 * rows * cfg.d_head, write=cfg.d_head * cfg.d_model, square=WIDTH * PANEL,
     )  # fmt: skip
     return record
