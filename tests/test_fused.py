@@ -78,11 +78,12 @@ def test_attention_and_its_gradients_against_float64(shape: tuple, data: st.Data
     wanted = attend(*(exact if some else [None, *exact]), n_keys, 0.7, apart=apart)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=4e-6)
     back = normal("back", *found.shape)
-    mine = torch.autograd.grad(found, leaves, back)
-    for own, theirs in zip(mine, torch.autograd.grad(wanted, exact, back.double()), strict=True):
-        # Scores of 40 terms reach 15, so a probability is off by 1e-6 of itself: relative to the largest gradient that
-        # makes 1.6e-6 at most over these shapes.
-        assert (own.double() - theirs).abs().max() < 3e-6 * theirs.abs().max() + 1e-6
+    mine, theirs = torch.autograd.grad(found, leaves, back), torch.autograd.grad(wanted, exact, back.double())
+    # Scores of 40 terms reach 15, so a probability is off by 1e-6 of itself, and where one key has nearly all of it the
+    # gradients by queries and keys are small differences: relative to the largest of all that makes 2.4e-6 at most over
+    # 3000 of these shapes.
+    off = max(float((one.double() - other).abs().max()) for one, other in zip(mine, theirs, strict=True))
+    assert off < 5e-6 * max(float(each.abs().max()) for each in theirs)
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 3, 4])
