@@ -42,15 +42,15 @@ def take_kept(p, layer, member, n_examples, index, at, kept, room):
 
 
 @loop
-def neurons(p, layer, replica, n_rows, shared, own, room):
+def neurons(p, layer, member, n_rows, shared, own, room):
     """Of the MLP, from z and what was kept."""
-    weigh(p.own_read, replica, shared, own, room, layer.z, n_rows, room, layer.active, True)
+    weigh(p.own_read, member, shared, own, room, layer.z, n_rows, room, layer.active, True)
     rectify(room, layer.active, n_rows * p.own_read.n_out)
 
 
 @loop
-def neurons_back(p, layer, replica, n_rows, shared, own, room, gradients):
+def neurons_back(p, layer, member, n_rows, shared, own, room, gradients):
     """Add to dz, in the narrow room, what comes by the neurons, whose gradient is in the wide one."""
     gate(room, layer.active, n_rows * p.own_read.n_out, room, p.wide)
-    linear_gradient(p.own_read, replica, room, layer.z, room, p.wide, n_rows, gradients)
-    linear_back(p.own_read, replica, shared, own, room, p.wide, n_rows, room, p.narrow, True)
+    linear_gradient(p.own_read, member, room, layer.z, room, p.wide, n_rows, gradients)
+    linear_back(p.own_read, member, shared, own, room, p.wide, n_rows, room, p.narrow, True)

@@ -207,6 +207,7 @@ def loss(
     """From the residual stream in the room after all layers: the losses, and the gradient by it in its place.
 
     Args:
+        replica: as which one it has weights of its own: its member, where those are W_O W.
         low: whether the logits see the head through its rank: base W_U + [z, own_z] p.both, the first term
             being what `shared_logits` made, and the norm's scale apart.
         direct: whether they are what was kept + own_z p.own_logits + neurons, from `active` on, p.readout. Then what is

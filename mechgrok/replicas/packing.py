@@ -37,7 +37,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where linears of some shapes lie, one after another, in one flat array of `size` numbers.
+    """Where linears of some shapes lie, one after another, in the first `size` numbers of one flat array.
 
     places: of each linear, by their names in `linear.MATRIX`. n: replicas that each linear which moves has at least;
     one may serve them all. half: weights as pairs of int16s, each pair in the place of one number, and a scale for
@@ -51,7 +51,7 @@ class Layout:
 
     def pack(self, linears: Sequence[Linear]) -> Tensor:
         """The array: all weights of these, laid out as the loops take them, but for what the passes make."""
-        packed, room = torch.empty(self.size), np.zeros(WIDTH * PANEL, np.float32)
+        packed, room = torch.empty(self.size + WIDTH), np.zeros(WIDTH * PANEL, np.float32)
         for linear, place in zip(linears, self.places, strict=False):
             weight = _of_each(linear.weight, self.n)
             for name in ("weight", "turned"):
@@ -68,10 +68,10 @@ class Layout:
         return packed
 
 
-def laid_out(linears: Sequence[Linear], n: int = 1, half: bool = False) -> Layout:
-    """The layout of linears of these shapes."""
+def laid_out(linears: Sequence[Linear], n: int = 1, half: bool = False, after: int = 0) -> Layout:
+    """The layout of linears of these shapes, `after` so many numbers."""
     places: list[dict[str, int]] = []
-    size = 0
+    size = after
     for linear in linears:
         places.append(place := {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)})
         n_each, (_, n_in, n_out) = max(n, len(linear.weight)), linear.weight.shape
@@ -84,7 +84,7 @@ def laid_out(linears: Sequence[Linear], n: int = 1, half: bool = False) -> Layou
         for name, numbers in wanted.items():
             if numbers:
                 place[name], size = size, size + numbers
-    return Layout(tuple(places), size + WIDTH, n, half)
+    return Layout(tuple(places), size, n, half)
 
 
 def _of_each(part: Tensor, n: int) -> Tensor:

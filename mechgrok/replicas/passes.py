@@ -141,20 +141,21 @@ def _read_gradient(p, layer, replica, n_examples, scored, room, gradients):
 
 
 @loop
-def _low_read(p, norm, m, replica, n_rows, own_z, hat, inverse, shared, own, room, to):
+def _low_read(p, norm, m, member, n_rows, own_z, hat, inverse, shared, own, room, to):
     """What m reads of the normalized residual stream, which is kept itself in place of its normalized rows, of a head
     that moved it, through that head's rank: m's bias + inverse (base + [z, own_z] p.both), base being the same for all
-    heads of a chain. A few rows at a time go through all steps, while they are in the first cache.
+    heads of a chain. m itself does not move. A few rows at a time go through all steps, while they are in the first
+    cache.
     """
     copy(room, p.resid, n_rows * p.d_model, room, hat)
-    biases, start = bias_of(m, replica, shared, own)
+    biases, start = bias_of(m, member, shared, own)
     side_by_side(p, own_z, n_rows, room)
     for row in range(n_rows):
         room[inverse + row] = inverse_rms(norm, room, p.resid + row * p.d_model, p.d_model)
     for first in range(0, n_rows, AT_A_TIME):
         n, begin = min(AT_A_TIME, n_rows - first), to + first * m.n_out
         copy(room, p.base + first * m.n_out, n * m.n_out, room, begin)
-        weigh(p.both, replica, shared, own, room, p.zs + first * p.both.n_in, n, room, begin, True)
+        weigh(p.both, member, shared, own, room, p.zs + first * p.both.n_in, n, room, begin, True)
         for row in range(first, first + n):
             by, here, bias = spread(room[inverse + row]), to + row * m.n_out, start + row % m.n_bias * m.n_out
             for c in range(0, m.n_out, WIDTH):
@@ -164,9 +165,9 @@ def _low_read(p, norm, m, replica, n_rows, own_z, hat, inverse, shared, own, roo
 
 
 @loop
-def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread, shared, own, room, gradients):
+def _low_read_back(p, norm, m, member, n_rows, own_z, hat, inverse, read, dread, shared, own, room, gradients):
     """From the gradient by what m read: dz by the head's rank, and what the scale adds to the residual stream's."""
-    biases, start = bias_of(m, replica, shared, own)
+    biases, start = bias_of(m, member, shared, own)
     d_head = p.own_read.n_in
     for first in range(0, n_rows, AT_A_TIME):
         n = min(AT_A_TIME, n_rows - first)
@@ -183,18 +184,19 @@ def _low_read_back(p, norm, m, replica, n_rows, own_z, hat, inverse, read, dread
                 at = row * p.d_model
                 scale_back(added(along) / scale, scale, room, hat + at, p.d_model, True, room, p.resid + at)
         z, dsum = own_z + first * d_head, dread + first * m.n_out
-        linear_gradient(p.own_read, replica, room, z, room, dsum, n, gradients)
-        linear_back(p.own_read, replica, shared, own, room, dsum, n, room, p.dz + first * d_head, False)
+        linear_gradient(p.own_read, member, room, z, room, dsum, n, gradients)
+        linear_back(p.own_read, member, shared, own, room, dsum, n, room, p.dz + first * d_head, False)
 
 
 @loop
 def _forward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, room):
     """The residual stream in the room, before layer i -> after it; where rows begin alike, the first one's is read."""
     layer, own_z, begun = layers[i], layers[0].z, i == 0 and p.beginnings.n > 0
+    member = replica // p.n_chains
     n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
     if p.low == NEXT and i == 1:
         _low_read(
-            p, layer.norm, layer.rest, replica, n_all, own_z, layer.hat, layer.inverse, shared, own, room,
+            p, layer.norm, layer.rest, member, n_all, own_z, layer.hat, layer.inverse, shared, own, room,
             layer.rest_at,
         )  # fmt: skip
     elif not begun:
@@ -203,7 +205,7 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, roo
         _read(p, layer, replica, n_examples, scored, shared, own, room)
     _attend(p, layer, n_examples, n_keys, room)
     if p.low == DIRECT:
-        neurons(p, layer, replica, n_rows, shared, own, room)
+        neurons(p, layer, member, n_rows, shared, own, room)
         return
     if layer.some and not begun and (i > 0 or not p.given):
         _rows_at(room, p.resid, n_examples, p.n_pos, scored, p.d_model, room, p.resid)
@@ -212,7 +214,7 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, roo
         return
     if p.low == MLP and i == 0:
         _low_read(
-            p, layer.mlp_norm, layer.mlp_in, replica, n_rows, own_z, layer.mid, layer.mid_inverse, shared, own,
+            p, layer.mlp_norm, layer.mlp_in, member, n_rows, own_z, layer.mid, layer.mid_inverse, shared, own,
             room, layer.active,
         )  # fmt: skip
     else:
@@ -225,17 +227,17 @@ def _forward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, roo
 @loop
 def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, room, gradients):
     """The gradient by the residual stream in the room, after layer i -> before it, if anything asks; and by weights."""
-    layer, own_z = layers[i], layers[0].z
+    layer, own_z, member = layers[i], layers[0].z, replica // p.n_chains
     n_all, n_rows = n_examples * p.n_pos, n_examples * len(n_keys)
     if p.low == DIRECT:
-        neurons_back(p, layer, replica, n_rows, shared, own, room, gradients)
+        neurons_back(p, layer, member, n_rows, shared, own, room, gradients)
     elif layer.mlp_in.n_in > 0:
         linear_gradient(layer.mlp_out, replica, room, layer.active, room, p.resid, n_rows, gradients)
         linear_back(layer.mlp_out, replica, shared, own, room, p.resid, n_rows, room, p.wide, False)
         gate(room, layer.active, n_rows * layer.mlp_in.n_out, room, p.wide)
         if p.low == MLP and i == 0:  # where a neuron is off, what it read does not matter
             _low_read_back(
-                p, layer.mlp_norm, layer.mlp_in, replica, n_rows, own_z, layer.mid, layer.mid_inverse, layer.active,
+                p, layer.mlp_norm, layer.mlp_in, member, n_rows, own_z, layer.mid, layer.mid_inverse, layer.active,
                 p.wide, shared, own, room, gradients,
             )  # fmt: skip
         else:
@@ -253,7 +255,7 @@ def _backward(p, layers, i, replica, n_examples, scored, n_keys, shared, own, ro
     _attend_back(p, layer, n_examples, n_keys, room)
     if p.low == NEXT and i == 1:
         _low_read_back(
-            p, layer.norm, layer.rest, replica, n_all, own_z, layer.hat, layer.inverse, layer.rest_at, p.wide, shared,
+            p, layer.norm, layer.rest, member, n_all, own_z, layer.hat, layer.inverse, layer.rest_at, p.wide, shared,
             own, room, gradients,
         )  # fmt: skip
         return
@@ -287,8 +289,8 @@ def _clear(p, layers, replica, gradients):
         clear_gradient(layers[i].out, replica, gradients)
         clear_gradient(layers[i].mlp_in, replica, gradients)
         clear_gradient(layers[i].mlp_out, replica, gradients)
-    clear_gradient(p.own_read, replica, gradients)
-    clear_gradient(p.own_logits, replica, gradients)
+    clear_gradient(p.own_read, replica // p.n_chains, gradients)
+    clear_gradient(p.own_logits, replica // p.n_chains, gradients)
     clear_gradient(p.readout, replica, gradients)
 
 
@@ -366,9 +368,8 @@ def run(
                     _forward(p, layers, i, replica, n, scored, seen, shared, own, room)
                 at, to = chain * n_scored + first * p.n_scored, replica * n_scored + first * p.n_scored
                 loss(
-                    p, p.low == READOUT, direct, own_z, layers[0].active, replica, n_rows, at, to,
-                    shared, own, targets, weights, room,
-                    others, away, gradients,
+                    p, p.low == READOUT, direct, own_z, layers[0].active, member if p.given else replica, n_rows,
+                    at, to, shared, own, targets, weights, room, others, away, gradients,
                 )  # fmt: skip
                 if not p.backward:
                     continue

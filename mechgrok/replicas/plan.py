@@ -1,7 +1,7 @@
 """Where a call of the compiled passes has its numbers: the same in all calls of one shape, so it is told once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -29,9 +29,10 @@ Places = Mapping[int, Mapping[str, int]]
 class Plan:
     """Where all lies in calls of one shape.
 
-    still, own: the linears that do not move, and those that do. sizes: of the gradients by each part of the latter, one
-    after another in one array, 0 where it is not wanted, and then of what the passes make; shapes: of the parts'. room:
-    numbers that the passes work in. record, layers: of `passes.PASS` and `passes.LAYER`.
+    still, own: the linears that do not move, and those that do, with room for what the passes make. sizes: of the
+    gradients by each part of the latter, one after another in one array, 0 where it is not wanted, and then of what the
+    passes make; shapes: of the parts'. room: numbers that the passes work in. record, layers: of `passes.PASS` and
+    `passes.LAYER`.
     """
 
     still: Layout
@@ -65,11 +66,10 @@ def make_plan(net: Network, call: Call, wanted: Sequence[bool], half: bool) -> P
     """
     linears, composed = call.linears(), _composed(call)
     still_ones, moving = ([one for one in linears if one.moves == moves] for moves in (False, True))
-    still, own = laid_out(still_ones, half=half), laid_out([*moving, *composed.values()], call.n_replicas, half)
-    places: dict[int, dict[str, int]] = {
-        id(linear): dict(place)
-        for linear, place in zip([*still_ones, *moving, *composed.values()], [*still.places, *own.places], strict=True)
-    }
+    still, own = laid_out(still_ones, half=half), laid_out(moving, call.n_replicas, half)
+    made = laid_out(list(composed.values()), half=half, after=own.size)
+    each = zip([*still_ones, *moving, *composed.values()], [*still.places, *own.places, *made.places], strict=True)
+    places: dict[int, dict[str, int]] = {id(linear): dict(place) for linear, place in each}
     parts = [part for linear in moving for part in (linear.weight, linear.bias)]
     shapes = [
         torch.Size((call.n_replicas, *part.shape[1:])) if want and part is not None else torch.Size((0,))
@@ -91,15 +91,17 @@ def make_plan(net: Network, call: Call, wanted: Sequence[bool], half: bool) -> P
     layers = np.array([_layer(layer, places, room) for layer in call.layers], passes.LAYER)
     record = _pass(net, call, composed, places, room, half)
     record["backward"], record["back_to_start"] = any(wanted), wanted[0]
-    return Plan(still, own, sizes, shapes[: len(parts)], room.size, record, layers)
+    return Plan(still, replace(own, size=made.size), sizes, shapes[: len(parts)], room.size, record, layers)
 
 
 def _composed(call: Call) -> dict[str, Linear]:
-    """W_O W for each W that reads heads through their rank, by its name in `passes.PASS`: numbers that these make."""
+    """W_O W of a chain's heads, for each W that reads them through their rank, by its name in `passes.PASS`: numbers
+    that these make.
+    """
 
     def made(n: int, reads: Linear, back: bool = True) -> Linear:
         """Such a matrix, or n of them above one another."""
-        shape = call.n_replicas, n * call.layers[0].out.weight.shape[1], reads.weight.shape[2]
+        shape = call.n_replicas // len(call.targets), n * call.layers[0].out.weight.shape[1], reads.weight.shape[2]
         return Linear(torch.empty(shape, device="meta"), moves=True, back=back)
 
     if isinstance(call.heads, Direct):
