@@ -312,7 +312,7 @@ def test_rows_that_begin_alike_are_read_once(
     theta, plain, seen = moved(fast.anchor), exactly(model, data, of), []
     passes = fast._compiled.passes
     run = type(passes).__call__
-    monkeypatch.setattr(type(passes), "__call__", lambda *given: seen.append((given[3], given[8])) or run(*given))
+    monkeypatch.setattr(type(passes), "__call__", lambda *given: seen.append((given[3], given[7])) or run(*given))
     for most, told_apart in ((1.0, True), (0.0, False)):
         monkeypatch.setattr("mechgrok.replicas.distinct.ALIKE", most)
         assert_same(fast, plain, theta, slice(None), index)

@@ -35,17 +35,23 @@ class Blockwise(ABC):
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         losses, gradient = [], None
         for block in self._blocks(len(theta), index):
-            leaf = theta.detach().requires_grad_()
-            found, total = self._evaluate(leaf, block, 1 / index.shape[1])
-            (own,) = torch.autograd.grad(total, leaf, torch.ones_like(total))
+            weights = self._weights[block]
+            nats, own = self._differentiated(
+                theta, block, self._targets_of(block), (weights / index.shape[1]).flatten(1)
+            )
             gradient = own if gradient is None else gradient.add_(own)
-            losses.append(found)
+            losses.append(_of_examples(nats, weights))
         assert gradient is not None  # there is a block
         return torch.cat(losses, dim=1), gradient
 
     @torch.no_grad()
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
-        return torch.cat([self._evaluate(theta, block)[0] for block in self._blocks(len(theta), index)], dim=1)
+        found = []
+        for block in self._blocks(len(theta), index):
+            weights = self._weights[block]
+            nats, _ = self._nats(theta, block, self._targets_of(block), weights.flatten(1))
+            found.append(_of_examples(nats, weights))
+        return torch.cat(found, dim=1)
 
     def _all(self) -> Tensor:
         """Every example, as one chain's: Int[1, example]."""
@@ -64,12 +70,20 @@ class Blockwise(ABC):
         n_blocks = math.ceil(index.shape[1] / at_once)  # of one size: a small rest would cost as many calls
         return index.split(math.ceil(index.shape[1] / n_blocks), dim=1)
 
-    def _evaluate(self, theta: Tensor, index: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(losses Float64[replica, example], `share` times their sum Float[replica])."""
-        weights = self._weights[index]
-        nats, total = self._nats(theta, index, self._targets[index].flatten(1), (share * weights).flatten(1))
-        losses = nats.double().view(-1, *weights.shape) * weights
-        return losses.sum(-1).flatten(0, 1), total
+    def _differentiated(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(nats, the gradient by theta of their sum with these weights)."""
+        leaf = theta.detach().requires_grad_()
+        nats, total = self._nats(leaf, index, targets, weights)
+        (gradient,) = torch.autograd.grad(total, leaf, torch.ones_like(total))
+        return nats, gradient
+
+    def _targets_of(self, index: Tensor) -> Tensor:
+        return self._targets[index].flatten(1)
+
+
+def _of_examples(nats: Tensor, weights: Tensor) -> Tensor:
+    """Of Float[replica, row] and weights Float[chain, example, scored]: losses Float64[replica, example]."""
+    return (nats.double().view(-1, *weights.shape) * weights).sum(-1).flatten(0, 1)
 
 
 def numbers_of_a_layer(net: Network, n_heads: int) -> int:

@@ -90,7 +90,12 @@ class Direct:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `compiled.Passes`, whose arguments say what each is."""
+    """One call of `compiled.Passes.run`, what its own `__call__` takes, and heads.
+
+    resid: with `heads` Float[example, row, d_model], after the first layer's attention, at the positions that are read
+    afterwards; of no use where these are `Direct`. begun: with `heads` what they read is of the distinct rows,
+    Float[chain, distinct row, d_model].
+    """
 
     layers: tuple[Layer, ...]
     readout: Linear

@@ -10,7 +10,7 @@ from mechgrok.config import Precision
 from mechgrok.loops.kept import flat, serves
 from mechgrok.loops.lanes import HAS_AMX, HAS_VNNI
 from mechgrok.replicas import passes
-from mechgrok.replicas.calls import Call, Direct, Heads, Layer
+from mechgrok.replicas.calls import Call, Heads, Layer
 from mechgrok.replicas.cross_entropy import nats_of
 from mechgrok.replicas.distinct import Beginnings
 from mechgrok.replicas.network import Network, Parameters
@@ -91,7 +91,6 @@ class Passes:
         layers: Sequence[Layer],
         readout: Linear,
         resid: Tensor,
-        heads: Heads | Direct | None,
         n_replicas: int,
         targets: Tensor,
         weights: Tensor,
@@ -100,19 +99,20 @@ class Passes:
         """(nats, total) as `cross_entropy` returns them, of every replica at the end of these layers.
 
         Args:
-            resid: Float[chain or replica, row, d_model] before the first layer; with `heads` Float[example, row,
-                d_model] after its attention, at the positions that are read afterwards, and of no use where these are
-                `Direct`.
+            resid: Float[chain or replica, row, d_model] before the first layer.
             targets, weights: [chain, row], at the scored positions.
-            begun: where rows begin alike, as which. Then what heads read, or else resid, of which each replica has its
-                own in a chain of its own, are the distinct ones, Float[chain, distinct row, d_model].
+            begun: where rows begin alike, as which. Then resid, of which each replica has its own in a chain of its
+                own, is of the distinct ones, Float[replica, distinct row, d_model].
         """
-        call = Call(tuple(layers), readout, resid, heads, n_replicas, targets, weights, begun)
+        call = Call(tuple(layers), readout, resid, None, n_replicas, targets, weights, begun)
         moving = [part for linear in call.linears() if linear.moves for part in (linear.weight, linear.bias)]
         return _Run.apply(self, call, resid, *moving)
 
     def run(self, call: Call, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """(nats, the gradients by resid and by each moving part, None where it is not wanted)."""
+        """(nats, the gradients by resid and by weight and bias of each linear that moves, None where it is not wanted).
+
+        They are of the sum of nats with the call's weights.
+        """
         net, heads, begun = self.net, call.heads, call.begun
         linears, plan = call.linears(), self._plan(call, wanted)
         still = self._packed([linear for linear in linears if not linear.moves], plan.still)

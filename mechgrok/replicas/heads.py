@@ -13,14 +13,14 @@ from mechgrok.components import HEAD_PARAMETERS
 from mechgrok.config import Precision
 from mechgrok.replicas import compiled
 from mechgrok.replicas.blockwise import AT_ONCE, Blockwise, numbers_of_a_layer
-from mechgrok.replicas.calls import Direct, Heads, Layer
+from mechgrok.replicas.calls import Call, Direct, Heads, Layer
 from mechgrok.replicas.compiled import Passes
 from mechgrok.replicas.cross_entropy import Frozen, cross_entropy, low_rank_cross_entropy
 from mechgrok.replicas.distinct import Distinct
 from mechgrok.replicas.network import Norm, Reads
 from mechgrok.replicas.packing import Linear
 from mechgrok.replicas.products import padded
-from mechgrok.replicas.side_by_side import side_by_side
+from mechgrok.replicas.side_by_side import Group, one_after_another, side_by_side
 from mechgrok.types import Examples
 
 
@@ -104,6 +104,8 @@ class LayerHeads(Blockwise):
         self._readout, self._bias = self._net.readout(self._net.frozen)
         self._before_readout = torch.matmul(self._before, self._readout) if self._ends_here else None
         self._compiled = self._compile(precision) if compiled.why_not(self._net, precision) is None else None
+        self._groups = ("QKV",) if len(self._net.queries(layer)) == self._net.n_pos else ("Q", "KV")
+        self._shortformer = model.cfg.positional_embedding_type == "shortformer"
         alike = self._compiled is not None and layer == 0
         self._distinct = Distinct(self._net, self._tokens) if alike else None
         if self._distinct is not None:
@@ -145,7 +147,8 @@ class LayerHeads(Blockwise):
 
     def _nats(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if self._compiled is not None:
-            return self._compiled_nats(self._compiled, theta, index, targets, weights)
+            nats, _ = self._passed(self._compiled, theta, index, targets, weights, back=False)
+            return nats, nats.sum(1)  # of which nobody takes the gradient
         net, layer, frozen = self._net, self._layer, self._net.frozen
         sizes = [shape.numel() for shape in self._shapes]
         parts = theta.view(len(self._heads), len(index), -1).split(sizes, dim=2)
@@ -167,35 +170,50 @@ class LayerHeads(Blockwise):
             resid = net.layer(later, resid, frozen)
         return cross_entropy(norm(resid), readout, bias, targets, weights)
 
-    def _compiled_nats(
-        self, by: "_Compiled", theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _differentiated(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self._compiled is None:
+            return super()._differentiated(theta, index, targets, weights)
+        nats, gradient = self._passed(self._compiled, theta, index, targets, weights, back=True)
+        assert gradient is not None
+        return nats, gradient
+
+    def _passed(
+        self, by: "_Compiled", theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor, back: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(nats, the gradient by theta if `back`) by the compiled passes, without torch's graph: for what is small its
+        nodes take as long as what they do.
+        """
         begun = None if self._distinct is None else self._distinct.of(index)
         pays = self._rank_pays(targets.shape[1])
-        read, out = self._laid_out(theta)
-        out = self._centred(out)
-        first = Layer(
-            norm=by.norm,
-            q=None if read.q is None else Linear(*read.q, moves=True, back=False),
-            rest=Linear(*read.rest, moves=True, back=False),
-            out=Linear(out, moves=True, plain=True),
-            n_heads=1,
-            scale=by.scale,
-            **by.mlp,
-        )
+        each, out = side_by_side(theta, self._net.cfg.d_model, self._net.cfg.d_head, self._groups)
+        if self._shortformer:
+            each = [self._placed(*group) for group in zip(self._groups, each, strict=True)]
+        *q, rest = (Linear(*part, moves=True, back=False) for part in each)
+        write = Linear(self._centred(out), moves=True, plain=True)
+        first = Layer(by.norm, q[0] if q else None, rest, write, n_heads=1, scale=by.scale, **by.mlp)
         given, which = self._kept, index
         if given is None:
             given, which = self._run(index), torch.arange(index.numel()).view(index.shape)
         normalized = given.normalized if begun is None else self._begun_as[begun.rows]
         if self._direct is not None and pays:  # neurons and logits read the heads of this layer themselves
             kept = self._besides(given) if self._direct.kept is None else self._direct.kept
-            first = replace(first, out=replace(first.out, forward=False, back=False), mlp_in=None, mlp_out=None)
-            direct = Direct(normalized, by.mlp["mlp_in"], by.readout, kept, which)
-            return by.passes((first,), self._direct.neurons, kept, direct, len(out), targets, weights, begun)
-        low = (by.read, by.before_read, self._logits) if pays else ()
-        z = given.z.unflatten(2, (-1, len(self._net.queries(self._layer)))).flatten(1, 2)
-        heads = Heads(normalized, z, which, by.before, *low)
-        return by.passes((first, *by.later), by.readout, given.resid, heads, len(out), targets, weights, begun)
+            write = replace(write, forward=False, back=False)
+            layers: tuple[Layer, ...] = (replace(first, out=write, mlp_in=None, mlp_out=None),)
+            readout = self._direct.neurons
+            heads: Heads | Direct = Direct(normalized, by.mlp["mlp_in"], by.readout, kept, which)
+        else:
+            low = (by.read, by.before_read, self._logits) if pays else ()
+            z = given.z.unflatten(2, (-1, len(self._net.queries(self._layer)))).flatten(1, 2)
+            layers, readout, heads = (first, *by.later), by.readout, Heads(normalized, z, which, by.before, *low)
+        call = Call(layers, readout, given.resid, heads, len(out), targets, weights, begun)
+        nats, found = by.passes.run(call, [False] + [back] * 2 * (len(each) + 1))
+        if not back:
+            return nats, None
+        *parts, dout = (part for part in found if part is not None)
+        reads = list(zip(parts[::2], parts[1::2], strict=True))
+        if self._shortformer:
+            reads = [self._placed_back(*group) for group in zip(self._groups, reads, strict=True)]
+        return nats, one_after_another(reads, self._centred(dout), self._groups)
 
     def _neurons(self) -> Linear | None:
         """W_out W_U with b_U + b_out W_U, if logits are to read neurons by them: no norm is in the way, and it is less
@@ -245,24 +263,22 @@ class LayerHeads(Blockwise):
                 torch.sub(shared, torch.mm(given.z[head].flatten(0, 1), before @ reads.weight[0]), out=place)
         return kept.unflatten(1, (-1, n_rows))
 
-    def _laid_out(self, theta: Tensor) -> tuple[Reads, Tensor]:
-        """Of Float[replica, param]: (how each replica's head reads, its W_O Float[replica, d_head, d_model])."""
-        net, layer, cfg = self._net, self._layer, self._net.cfg
-        groups = ("QKV",) if len(net.queries(layer)) == net.n_pos else ("Q", "KV")
-        each, out = side_by_side(theta, cfg.d_model, cfg.d_head, groups)
-        if cfg.positional_embedding_type == "shortformer":
-            each = [
-                (weight, bias + self._positions(letters, weight))
-                for letters, (weight, bias) in zip(groups, each, strict=True)
-            ]
-        return Reads(None if len(each) == 1 else each[0], each[-1]), out
+    def _places(self, letters: str) -> tuple[Tensor, int]:
+        """(shortformer's positions, which queries and keys read but not values; how many columns these are)."""
+        at = self._net.queries(self._layer) if letters == "Q" else self._net.every
+        return self._net.frozen["pos_embed.W_pos"][:, at], len(letters.rstrip("V")) * self._net.cfg.d_head
 
-    def _positions(self, letters: str, weight: Tensor) -> Tensor:
-        """What shortformer's positions add to queries and keys, but not to values, side by side as weights are."""
-        values = self._net.cfg.d_head if letters.endswith("V") else 0
-        at = self._net.every if values else self._net.queries(self._layer)
-        added = torch.matmul(self._net.frozen["pos_embed.W_pos"][:, at], weight[..., : weight.shape[2] - values])
-        return torch.nn.functional.pad(added, (0, values))
+    def _placed(self, letters: str, group: Group) -> Group:
+        """(weight, bias) with what they read of positions."""
+        (positions, n), (weight, bias) = self._places(letters), group
+        read = torch.matmul(positions, weight[..., :n])
+        return weight, bias + torch.nn.functional.pad(read, (0, weight.shape[2] - n))
+
+    def _placed_back(self, letters: str, gradients: Group) -> Group:
+        """The gradients by weight and bias of `_placed` from those by its result."""
+        (positions, n), (weight, bias) = self._places(letters), gradients
+        weight[..., :n] += torch.matmul(positions.transpose(1, 2), bias[..., :n])
+        return weight, bias.sum(1, keepdim=True)
 
     def _reads(self, own: Mapping[str, Tensor]) -> Reads:
         """Of the heads' parameters, Float[replica, head, ...]."""

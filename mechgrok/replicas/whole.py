@@ -97,7 +97,7 @@ class NetworkPotential(Blockwise):
             still = self._compiled
             each = [still.layers[layer] or compiled.layer_of(net, layer, parameters, True) for layer in layers]
             readout = still.readout or compiled.readout_of(net, parameters, True)
-            return still.passes(each, readout, resid, None, len(theta), targets, weights, begun)
+            return still.passes(each, readout, resid, len(theta), targets, weights, begun)
         for layer in layers:
             resid = net.layer(layer, resid, parameters)
         return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
