@@ -119,10 +119,7 @@ class Passes:
         own = plan.own.pack([linear for linear in linears if linear.moves])
         gradients = torch.empty(sum(plan.sizes))
         dresid = torch.empty((call.n_replicas, *call.resid.shape[1:]) if wanted[0] else 0)
-        others, away = (
-            torch.empty(call.n_replicas, call.targets.shape[1]),
-            torch.empty(call.n_replicas, call.targets.shape[1]),
-        )
+        others, away = torch.empty(2, call.n_replicas, call.targets.shape[1])
         nothing, none = torch.empty(0), torch.empty(0, dtype=torch.int64)
         tensors = (
             net.scored, net.every, *self._n_keys, still, own,
@@ -148,11 +145,7 @@ class Passes:
     def _packed(self, linears: list[Linear], layout: Layout) -> Tensor:
         """What does not move, packed at the first call."""
         before, packed = self._still.get(layout.half, ([], None))
-        if (
-            packed is None
-            or len(before) != len(linears)
-            or any(a is not b for a, b in zip(before, linears, strict=True))
-        ):
+        if packed is None or [id(one) for one in before] != [id(one) for one in linears]:
             packed = layout.pack(linears)
             self._still[layout.half] = linears, packed
         return packed

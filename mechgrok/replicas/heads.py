@@ -177,6 +177,7 @@ class LayerHeads(Blockwise):
         assert gradient is not None
         return nats, gradient
 
+    @torch.no_grad()
     def _passed(
         self, by: "_Compiled", theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor, back: bool
     ) -> tuple[Tensor, Tensor | None]:
