@@ -27,7 +27,7 @@ class Layer:
     mlp_out: Linear | None = None
 
     def linears(self) -> list[Linear | None]:
-        return [self.q, self.rest, self.out, self.mlp_in, self.mlp_out]
+        return [getattr(self, name) for name in LINEARS]
 
     def shape(self) -> tuple[Hashable, ...]:
         """All but the numbers."""
