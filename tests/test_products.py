@@ -1,6 +1,7 @@
 """Products in pieces, whatever their sizes and however their numbers lie, against float64."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from mechgrok import seeds
 from mechgrok.loops.kept import OPTIONS
 from mechgrok.loops.lanes import WIDTH
 from mechgrok.loops.tiles import FLOAT_TERMS, tile
-from mechgrok.replicas.products import padded, product
+from mechgrok.replicas.products import loop, padded, product
 
 _piece = tile(FLOAT_TERMS, WIDTH, 1, (1, WIDTH))
 
@@ -75,3 +76,13 @@ def test_a_piece_whose_strides_are_known(n_terms: int, n_lanes: int, add: bool) 
     wanted = a.T.double() @ x.double() + add * out.double()
     _by_columns(out.view(-1).numpy(), add, a.view(-1).numpy(), laid_out(x), n_terms, n_lanes)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_made_in_a_function_needs_a_name() -> None:
+    def made(x):
+        x[0] = 1
+
+    with pytest.raises(ValueError, match=r"<locals>\.made needs a __qualname__"):
+        loop(made)
+    made.__qualname__ = "one_of_many"
+    loop(made)

@@ -1,12 +1,16 @@
 """How loops are compiled, where the result is kept, and which numbers they take."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numba import __version__ as numba_version
 from numba import config, njit
+from numba.core.caching import FunctionCache, NullCache
 
 from mechgrok.store import compiled_folder
 
@@ -35,14 +39,47 @@ def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
     place = compiled_folder(Path(__file__).parent, *folders)
 
     def kept(loop: Callable[..., Any]) -> Any:
-        if place is None:
-            return njit(**OPTIONS)(loop)
-        before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, str(place)
-        try:
-            return njit(cache=True, **OPTIONS)(loop)
-        except RuntimeError:  # numba found no place for it
-            return njit(**OPTIONS)(loop)
-        finally:
-            numba_settings.CACHE_DIR = before
+        compiled = njit(**OPTIONS)(loop)
+        if place is not None:
+            compiled._cache = _Overloads(loop, place)  # where njit(cache=True) puts a FunctionCache
+        return compiled
 
     return kept
+
+
+class _Overloads(NullCache):
+    """What is kept of one loop: a cache of numba's for each signature, processor and version, in a folder of its own.
+
+    numba's cache numbers the files of all signatures by an index that it reads and writes without a lock. Two processes
+    that compile two signatures at once both take the first free number, and whoever reads that index later runs the
+    code of one signature on the other's numbers. Where a folder has one signature, both write the same.
+    """
+
+    def __init__(self, loop: Callable[..., Any], place: Path) -> None:
+        self._loop, self._place = loop, place
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        cache = self._of(signature, target.codegen())
+        try:
+            return cache.load_overload(signature, target)
+        except Exception:  # whatever is wrong with what lies there, it is compiled anew
+            with suppress(OSError):
+                cache.flush()
+            return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        with suppress(OSError):  # a full disk costs the next process the time of compiling, nothing else
+            self._of(signature, compiled.codegen).save_overload(signature, compiled)
+
+    def _of(self, signature: Any, codegen: Any) -> Any:
+        key = repr((signature, codegen.magic_tuple(), numba_version))
+        folder = self._place / sha256(key.encode()).hexdigest()[:16]
+        before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, str(folder)  # one thread compiles at a time
+        try:
+            cache = FunctionCache(self._loop)
+        except RuntimeError:  # numba found no place for it
+            return NullCache()
+        finally:
+            numba_settings.CACHE_DIR = before
+        # Where that folder cannot be written numba takes another, which does not know what the loop calls.
+        return cache if Path(cache.cache_path).is_relative_to(folder) else NullCache()

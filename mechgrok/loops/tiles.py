@@ -34,13 +34,14 @@ class Terms:
     Where it has, sums are multiplied by both; they stand where the term after the last one would.
     """
 
+    name: str
     kind: ir.VectorType
     into: Callable[..., ir.Value]
     scaled: bool = False
 
 
-FLOAT_TERMS = Terms(FLOATS, lambda builder, total, a, b: fma(builder, a, b, total))
-PAIR_TERMS = Terms(INTS, into_dots, scaled=True)
+FLOAT_TERMS = Terms("floats", FLOATS, lambda builder, total, a, b: fma(builder, a, b, total))
+PAIR_TERMS = Terms("pairs", INTS, into_dots, scaled=True)
 
 
 def tile(terms: Terms, n_rows: int, n_groups: int, strides: tuple[int, int] | None = None) -> Any:

@@ -16,7 +16,13 @@ LOWEST = number(-1e30)  # a score that nothing sees: finite, so that no differen
 def loop(function: Callable[..., Any]) -> Any:
     """Make it callable in compiled loops, and compiled once: `njit` by itself would compile it anew for every
     combination of arguments that are literals where it is called.
+
+    Raises ValueError if it was made in a function and still has the `__qualname__` of there. Where two share name and
+    kinds of arguments, numba tells them apart by a number that every process counts from one: once files that several
+    processes have kept meet in one, that would run one in place of the other.
     """
+    if "<locals>" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} needs a __qualname__ that no other in its module has")
 
     def called(*_: Any) -> None:
         raise TypeError(f"{function.__name__} is for compiled loops alone")
@@ -30,7 +36,6 @@ def _strip_by(terms: Terms, n_groups: int) -> Any:
     """A product of no more lanes than n_groups times sixteen, the last of which there are n of."""
     eight, four, two, one = (tile(terms, rows, n_groups) for rows in (8, 4, 2, 1))
 
-    @loop
     def strip(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n):
         r = 0
         while r + 8 <= n_rows:
@@ -58,13 +63,13 @@ def _strip_by(terms: Terms, n_groups: int) -> Any:
                 x, of, x_term, x_group, n_terms, n,
             )  # fmt: skip
 
-    return strip
+    strip.__qualname__ = f"strip_of_{terms.name}_by_{n_groups}"
+    return loop(strip)
 
 
 def _product_of(terms: Terms) -> Any:
     wide, narrow = _strip_by(terms, 2), _strip_by(terms, 1)  # eight rows of 32 sums are what AVX-512's registers hold
 
-    @loop
     def made(out, to, out_row, add, since, a, at, a_row, a_term, x, of, x_term, x_group, n_terms, n_rows, n_lanes):
         for lane in range(0, n_lanes, 2 * WIDTH):
             n, here, group = n_lanes - lane, to + lane, of + lane // WIDTH * x_group
@@ -93,7 +98,8 @@ def _product_of(terms: Terms) -> Any:
                     out, here, out_row, add, since, a, at, a_row, a_term, x, group, x_term, x_group, n_terms, n_rows, n
                 )
 
-    return made
+    made.__qualname__ = f"product_of_{terms.name}"
+    return loop(made)
 
 
 _one_group, _two_groups = rows_of_few_terms(1), rows_of_few_terms(2)
