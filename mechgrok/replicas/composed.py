@@ -5,7 +5,7 @@ It is made for one chain's members after the other's, in the same places: the fe
 
 from mechgrok.replicas.linear import linear_back, weigh
 from mechgrok.replicas.packing import lay_out
-from mechgrok.replicas.pairs import rows_of_pairs
+from mechgrok.replicas.pairs import rows_laid_out
 from mechgrok.replicas.products import copy, loop, padded, row_plus
 
 
@@ -15,7 +15,7 @@ def compose(p, m, out, reads, replica, shared, own, room):
     n_in, n_out, square, member = m.n_in, reads.n_out, room[p.square :], replica // p.n_chains
     weigh(reads, replica, shared, own, own, out.plain + replica * n_in * out.n_out, n_in, room, p.made, False)
     made = room[p.made :]
-    at = m.weight + member * (rows_of_pairs(n_in) if m.half else n_in) * padded(n_out)
+    at = m.weight + member * rows_laid_out(n_in, m.half) * padded(n_out)
     lay_out(made, 1, 0, n_in, n_out, False, m.half, square, own[at:])
     _lay_out_turned(m, member, made, square, own)
 
@@ -30,14 +30,14 @@ def compose_both(p, out, replica, shared, own, room):
     copy(shared, p.before_read.plain + member * size, size, room, p.made)
     start = out.plain + replica * m.n_in * out.n_out
     weigh(p.reads, replica, shared, own, own, start, m.n_in, room, p.made + size, False)
-    at = p.both.weight + member * (rows_of_pairs(2 * m.n_in) if m.half else 2 * m.n_in) * padded(n_out)
+    at = p.both.weight + member * rows_laid_out(2 * m.n_in, m.half) * padded(n_out)
     lay_out(room[p.made :], 1, 0, 2 * m.n_in, n_out, False, m.half, square, own[at:])
     _lay_out_turned(m, member, room[p.made + size :], square, own)
 
 
 @loop
 def _lay_out_turned(m, member, made, square, own):
-    at = m.turned + member * (rows_of_pairs(m.n_out) if m.half else m.n_out) * padded(m.n_in)
+    at = m.turned + member * rows_laid_out(m.n_out, m.half) * padded(m.n_in)
     lay_out(made, 1, 0, m.n_in, m.n_out, True, m.half, square, own[at:])
 
 

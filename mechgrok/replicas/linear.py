@@ -6,7 +6,16 @@ All arrays are flat. A record, `MATRIX`, says where in them a map's numbers are 
 import numpy as np
 
 from mechgrok.loops.lanes import WIDTH, load, one_of, plus, spread, store, times
-from mechgrok.replicas.pairs import PANEL, pair_rows, pair_terms, pairs_of, place_of_row, row_of_pairs, rows_of_pairs
+from mechgrok.replicas.pairs import (
+    PANEL,
+    pair_rows,
+    pair_terms,
+    pairs_of,
+    place_of_row,
+    row_of_pairs,
+    rows_laid_out,
+    rows_of_pairs,
+)
 from mechgrok.replicas.products import ZERO, clear, loop, padded, product, product_of_pairs, row_plus
 
 # x -> x W + b. weight: where W begins, as `packing` lays it out; turned: where W^T does; bias: where the rows of b do,
@@ -45,7 +54,7 @@ def _by_packed(
     which begin at `place`. first_out is a multiple of sixteen, and so is first_in; of `PANEL`, if M is of pairs.
     """
     matrices = own if m.moves else shared
-    height = rows_of_pairs(n_in) if m.half else n_in
+    height = rows_laid_out(n_in, m.half)
     of = place + (replica * height * padded(n_out) if m.each else 0) + height * first_out
     if not m.half:
         of += first_in * WIDTH
@@ -114,7 +123,7 @@ def back_by_ready(m, first, n, replica, shared, own, dout, at, n_rows, dx, to, a
 @loop
 def add_column(m, column, by, factor, replica, shared, own, out, to):
     """out = factor (out + by times a column of W, as its transpose has it)."""
-    height = rows_of_pairs(m.n_out) if m.half else m.n_out
+    height = rows_laid_out(m.n_out, m.half)
     matrices, of = own if m.moves else shared, m.turned + (replica * height * padded(m.n_in) if m.each else 0)
     before, second, scales = place_of_row(m.n_out, column) if m.half else (column * WIDTH, False, 0)
     by, factor = spread(by), spread(factor)

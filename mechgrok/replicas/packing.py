@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechgrok.loops.lanes import WIDTH, load, pairs, plus, spread, store, times, turn
 from mechgrok.replicas.fused import kept
-from mechgrok.replicas.pairs import PANEL, other_of, pairs_of, rows_of_pairs, scale_of
+from mechgrok.replicas.pairs import PANEL, other_of, pairs_of, rows_laid_out, rows_of_pairs, scale_of
 from mechgrok.replicas.products import ZERO, loop, padded
 
 
@@ -76,8 +76,8 @@ def laid_out(linears: Sequence[Linear], n: int = 1, half: bool = False, after: i
         places.append(place := {"each": int(n > 1 or len(linear.weight) > 1), "half": int(half)})
         n_each, (_, n_in, n_out) = max(n, len(linear.weight)), linear.weight.shape
         wanted = {
-            "weight": n_each * (rows_of_pairs(n_in) if half else n_in) * padded(n_out) if linear.forward else 0,
-            "turned": n_each * (rows_of_pairs(n_out) if half else n_out) * padded(n_in) if linear.back else 0,
+            "weight": n_each * rows_laid_out(n_in, half) * padded(n_out) if linear.forward else 0,
+            "turned": n_each * rows_laid_out(n_out, half) * padded(n_in) if linear.back else 0,
             "plain": padded(n_each * n_in * n_out) if linear.plain else 0,
             "bias": 0 if linear.bias is None else padded(max(n_each, len(linear.bias)) * linear.bias[0].numel()),
         }

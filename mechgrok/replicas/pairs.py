@@ -38,6 +38,12 @@ def row_of_pairs(n: int) -> int:
 
 
 @register_jitable
+def rows_laid_out(n: int, half: bool) -> int:
+    """How many rows a matrix of n terms takes as products read it; half: as pairs."""
+    return rows_of_pairs(n) if half else n
+
+
+@register_jitable
 def other_of(n: int, c: int) -> tuple[int, int]:
     """Of n terms, those from c on, a multiple of thirty-two: how many pairs come of the next thirty-two, and how many
     of these pairs have a second number. A pair is of terms as far apart as the first number says.
