@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--write docs/scaling.md]     # part of make bench
 
 CPU seconds on one torch thread. The floor of a head's step is its necessary floating-point operations at the rate
-of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both measured here. Below the last layer
+of a 96 x 64 x 5000 product, plus one exponential for each logit and score, both measured here. Necessary is what
+depends on the head's parameters and the batch, as if all else were kept for all examples. Below the last layer
 a head moves all that the later layers' heads see, so its cost grows with their number.
 """
 
@@ -12,13 +13,17 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
 import torch
+from numba import njit
 from transformer_lens import HookedTransformer
 
 from benchmarks.small_models import attention_only, planted_sequences
 from benchmarks.speed import SHAPES
 from benchmarks.tables import asked_target, written
 from mechgrok.llc.problem import GROUP
+from mechgrok.loops.kept import OPTIONS
+from mechgrok.loops.lanes import WIDTH, exp, load, store
 from mechgrok.replicas.heads import LayerHeads
 from mechgrok.reproducible import matmul_precision
 from mechgrok.types import Examples
@@ -32,7 +37,7 @@ def model(n_heads: int, n_layers: int = 2, d_model: int = 64, d_head: int = 16) 
     return attention_only(data, 128, (0,), **shape)[0][1], data
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+def seconds(work: Callable[[], object], repeats: int = 8) -> float:
     """The least CPU seconds of several calls, after one to warm up."""
     work()
     best = float("inf")
@@ -51,33 +56,45 @@ def per_head(network: HookedTransformer, data: Examples, layer: int, batch: int 
     index = torch.randint(len(data), (N_CHAINS, batch), generator=torch.Generator().manual_seed(0))
     with matmul_precision("float32"):
         spent = seconds(lambda: potential.losses_and_grad(theta, index)) / len(theta)
-        return spent, floor(network, data, layer, batch)
+        return spent, floor(network, data, layer, index)
 
 
-def floor(network: HookedTransformer, data: Examples, layer: int, batch: int) -> float:
+def floor(network: HookedTransformer, data: Examples, layer: int, index: torch.Tensor) -> float:
     """Of attention-only models, and of models with one layer."""
-    cfg, n_pos, n_scored = network.cfg, data.tokens.shape[1], data.tensors[1].shape[1]
-    rows, scored, n_later = batch * n_pos, batch * n_scored, cfg.n_layers - 1 - layer
+    cfg, batch, n_later = network.cfg, index.shape[1], network.cfg.n_layers - 1 - layer
     wide, rank = cfg.n_heads * cfg.d_head, cfg.d_head
-    n_queries = n_scored if n_later == 0 else n_pos
-    queries, unread = batch * n_queries, n_pos - n_queries
-    scores = batch * (n_pos * (n_pos + 1) - unread * (unread + 1)) / 2  # causality allows no more
+    d_mlp, n_classes, normed = int(cfg.d_mlp or 0), cfg.d_vocab_out, cfg.normalization_type is not None
+    scored_at = (data.weights > 0).any(0).nonzero().squeeze(1)
+    asking = scored_at if n_later == 0 else torch.arange(data.tokens.shape[1])
+    seen = torch.arange(int(asking.max()) + 1)
+    rows, queries, scored = batch * len(seen), batch * len(asking), batch * len(scored_at)
+    scores = batch * int((asking + 1).sum())  # causality allows no more
+
+    def inputs(at: torch.Tensor) -> float:
+        """How many rows there are to read: in the first layer those of one token and position are the same."""
+        if layer > 0:
+            return batch * len(at)
+        alike = (data.tokens[index][:, :, at] + cfg.d_vocab * at).flatten(1)
+        return sum(len(each.unique()) for each in alike) / len(index)
 
     def read(n_rows: int, width: int) -> float:
-        """What reads the residual stream, forwards and back: as it is; or what the layer's heads share of it once, and
-        then what the head was, what it is, and the gradients by z and by W_O W.
+        """What reads the head, forwards and back, all else being kept: through the residual stream; or W_O W reads z,
+        and there are the gradients by both.
         """
-        return n_rows * width * min(2 * cfg.d_model, cfg.d_model / min(cfg.n_heads, GROUP) + 4 * rank)
+        return n_rows * width * min(2 * cfg.d_model, 3 * rank)
 
-    macs = 2 * cfg.d_model * rank * (queries + 2 * rows) + 6 * scores * rank  # q, k, v and their weights; attention
-    exponentials = scores * (1 + n_later * cfg.n_heads) + scored * cfg.d_vocab_out
-    readout = 2 * scored * cfg.d_model * cfg.d_vocab_out
+    write = rank * cfg.d_model  # a row of z W_O; the gradients by z and by W_O take as much each
+    macs = 2 * cfg.d_model * rank * (inputs(asking) + 2 * inputs(seen)) + 6 * scores * rank  # q, k, v, their weights
+    exponentials = scores * (1 + n_later * cfg.n_heads) + scored * n_classes
+    readout = 2 * scored * cfg.d_model * n_classes
     if not cfg.attn_only:
-        macs += read(queries, int(cfg.d_mlp or 0)) + 2 * queries * (cfg.d_mlp or 0) * cfg.d_model + readout
+        by_stream = 3 * queries * write + 2 * queries * d_mlp * cfg.d_model + readout
+        by_both = 2 * queries * d_mlp * n_classes + read(scored, n_classes)  # W_out W_U, and the head beside the MLP
+        macs += read(queries, d_mlp) + (by_stream if normed else min(by_stream, by_both))
     elif n_later == 0:
-        macs += read(scored, cfg.d_vocab_out)
+        macs += read(scored, n_classes) + (2 * scored * write if normed else 0)  # the norm, by inner products
     else:
-        macs += read(rows, 3 * wide) + 2 * rows * wide * cfg.d_model + readout
+        macs += read(rows, 3 * wide) + 3 * rows * write + 2 * rows * wide * cfg.d_model + readout
         macs += (n_later - 1) * 2 * rows * 4 * wide * cfg.d_model + n_later * 6 * scores * wide
     return 2 * macs / product_rate() + exponentials * exponential_time()
 
@@ -88,9 +105,17 @@ def product_rate() -> float:
     return 2 * 96 * 64 * 5000 / seconds(lambda: torch.mm(a, b, out=out), 50)
 
 
+@njit(**OPTIONS)
+def _exponentials(x, out):
+    for at in range(0, len(x), WIDTH):
+        store(out, at, WIDTH, exp(load(x, at, WIDTH, np.float32(0))))
+
+
 def exponential_time() -> float:
-    x, out = torch.randn(2**16), torch.empty(2**16)
-    return seconds(lambda: torch.exp(x, out=out), 50) / 2**16
+    """Seconds of one, by the passes' own, which is faster than torch's, of numbers in the first cache."""
+    x, times = torch.randn(2**12).numpy(), 100
+    out = np.empty_like(x)
+    return seconds(lambda: [_exponentials(x, out) for _ in range(times)], 50) / len(x) / times
 
 
 def steps_done(duration: float) -> int:
