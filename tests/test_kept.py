@@ -143,3 +143,9 @@ def test_without_a_place_to_write_every_process_compiles(program: Path) -> None:
     for _ in range(2):
         assert misses(started(program, "f8")) == 1
     assert not list(program.parent.rglob("*.nb[ic]"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of another kind")
+def test_a_full_disk_costs_the_time_of_compiling_alone(program: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
+    assert [misses(started(program, "f8", before=before)) for before in (full, "", full)] == [1, 1, 0]
