@@ -1,5 +1,7 @@
 """Products in pieces, whatever their sizes and however their numbers lie, against float64."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from mechgrok import seeds
-from mechgrok.loops.kept import OPTIONS
+from mechgrok.loops.kept import OPTIONS, keeper
 from mechgrok.loops.lanes import WIDTH
 from mechgrok.loops.tiles import FLOAT_TERMS, tile
 from mechgrok.replicas.products import loop, padded, product
@@ -78,11 +80,12 @@ def test_a_piece_whose_strides_are_known(n_terms: int, n_lanes: int, add: bool) 
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_loop_made_in_a_function_needs_a_name() -> None:
+@pytest.mark.parametrize("compiled", [loop, keeper()])
+def test_a_loop_made_in_a_function_needs_a_name(compiled: Callable) -> None:
     def made(x):
         x[0] = 1
 
     with pytest.raises(ValueError, match=r"<locals>\.made needs a __qualname__"):
-        loop(made)
+        compiled(made)
     made.__qualname__ = "one_of_many"
-    loop(made)
+    compiled(made)

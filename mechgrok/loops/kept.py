@@ -30,16 +30,28 @@ def flat(*each: torch.Tensor) -> list[np.ndarray]:
     return [one.detach().contiguous().view(-1).numpy() for one in each]
 
 
+def named(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loop.
+
+    Raises ValueError if it was made in a function and still has the `__qualname__` of there. Where two share name and
+    kinds of arguments, numba tells them apart by a number that every process counts from one: once files that several
+    processes have kept meet in one, that would run one in place of the other.
+    """
+    if "<locals>" in loop.__qualname__:
+        raise ValueError(f"{loop.__qualname__} needs a __qualname__ that no other in its module has")
+    return loop
+
+
 def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
     """What compiles a loop, and keeps the result on disk where that can be written; folders: of all that it calls.
 
     numba by itself would take a loop from the cache if only files have changed that it calls, so each state of these
-    folders and of this one has a place of its own.
+    folders and of this one has a place of its own. What compiles raises what `named` does.
     """
     place = compiled_folder(Path(__file__).parent, *folders)
 
     def kept(loop: Callable[..., Any]) -> Any:
-        compiled = njit(**OPTIONS)(loop)
+        compiled = njit(**OPTIONS)(named(loop))
         if place is not None:
             compiled._cache = _Overloads(loop, place)  # where njit(cache=True) puts a FunctionCache
         return compiled

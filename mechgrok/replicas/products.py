@@ -5,7 +5,7 @@ from typing import Any
 
 from numba.extending import overload, register_jitable
 
-from mechgrok.loops.kept import OPTIONS
+from mechgrok.loops.kept import OPTIONS, named
 from mechgrok.loops.lanes import WIDTH, gated, larger, load, number, plus, spread, store
 from mechgrok.loops.tiles import FEW_TERMS, FLOAT_TERMS, PAIR_TERMS, Terms, rows_of_few_terms, tile
 
@@ -17,12 +17,9 @@ def loop(function: Callable[..., Any]) -> Any:
     """Make it callable in compiled loops, and compiled once: `njit` by itself would compile it anew for every
     combination of arguments that are literals where it is called.
 
-    Raises ValueError if it was made in a function and still has the `__qualname__` of there. Where two share name and
-    kinds of arguments, numba tells them apart by a number that every process counts from one: once files that several
-    processes have kept meet in one, that would run one in place of the other.
+    Raises what `named` does.
     """
-    if "<locals>" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} needs a __qualname__ that no other in its module has")
+    function = named(function)
 
     def called(*_: Any) -> None:
         raise TypeError(f"{function.__name__} is for compiled loops alone")
