@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechgrok.errors import ConfigError
+from mechgrok.plain import why_not_plain
 
 _KNOWN = re.compile(
     r"embed\.W_E|pos_embed\.W_pos|ln_final\.[wb]|unembed\.[Wb]_U"
@@ -74,6 +75,11 @@ def _check(model: HookedTransformer) -> None:
         wrong.append("clip_qkv")
     if cfg.gated_mlp and cfg.normalization_type == "LN":  # the gate has no bias that could take up ln2's
         wrong.append("gated_mlp with LayerNorm biases")
+    if (more := why_not_plain(model)) is not None:  # the gauge leaves the function of weights and cfg alone as it was
+        wrong.append(f"more to it than weights and cfg: {more}")
+    norms = {type(model.get_submodule(norm)) is torch.nn.Identity for norm in _readers(model)} if not wrong else set()
+    if len(norms) > 1 or norms == {cfg.normalization_type is not None}:
+        wrong.append("norms at some places only")
     if wrong:
         raise ConfigError(f"there is no canonical gauge for a model with {wrong[0]}; leave canonicalize out")
     size = float(model.embed.W_E.double().norm())

@@ -1,16 +1,16 @@
 """Names to components: "model", "L1", "L1H3", "L0.attn", "L0.mlp", "embed", "unembed", "L0H1+L1H3".
 
 `embed`, the layers and `unembed` partition the parameters; so do a component and its complement.
-A head is its slices of W_Q, W_K, W_V, W_O, b_Q, b_K, b_V; b_O belongs to no head, as all share it.
+A head is its slices of W_Q, W_K, W_V, W_O, b_Q, b_K, b_V; b_O belongs to no head, as all share it. Where heads share
+keys and values (grouped-query attention), these belong to no head either: a head is its W_Q, b_Q and W_O.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ComponentError
 from mechgrok.types import Component
@@ -21,7 +21,6 @@ HEAD_NAME = re.compile(f"L{_INDEX}H{_INDEX}")
 _PREFIXES = {"embed": ("embed.", "pos_embed."), "unembed": ("ln_final.", "unembed.")}
 
 Masks = dict[str, Tensor | None]
-FwdHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
 def head_of(name: str) -> tuple[int, int]:
@@ -41,8 +40,8 @@ def component(model: HookedTransformer, name: str) -> Component:
     """The component that `name` means on this model.
 
     Raises:
-        ComponentError: the name is malformed, names what the model lacks, repeats itself, or names
-            a head of a model whose heads share keys and values (grouped-query attention).
+        ComponentError: the name is malformed, names what the model lacks, repeats itself, or names what has no
+            parameters of its own: a head, say, whose W_Q is that of another layer, or is made of something else.
     """
     masks: Masks = {}
     parts = name.split("+")
@@ -82,89 +81,6 @@ def expand_names(model: HookedTransformer, names: Sequence[str]) -> tuple[str, .
     return tuple(dict.fromkeys(expanded))
 
 
-def head_hooks(model: HookedTransformer, of: Component, parameters: Mapping[str, Tensor]) -> list[FwdHook]:
-    """Hooks for `model.run_with_hooks` that run the heads of `of` at other parameters.
-
-    What the parameters change is *added* to the model's own activations: q += x (W_Q' - W_Q) +
-    (b_Q' - b_Q), likewise k and v, and attn_out += z (W_O' - W_O). So at the model's own
-    parameters the hooked logits equal the plain ones exactly, and a gradient reaches the heads
-    alone. x is what the attention layer was given, after LayerNorm and positions.
-
-    Args:
-        parameters: full-size tensors by parameter name, as from `sampling.potential.inserter`, either
-            of the model's own shapes or with a leading replica axis; then the batch that is run
-            must be the replicas' batches, concatenated in order.
-
-    Raises:
-        ComponentError: `of` is not made of heads, or the architecture has no such hook points.
-    """
-    if not of.heads:
-        raise ComponentError(f"hooks evaluate heads and unions of heads, not {of.name!r}")
-    if model.cfg.use_split_qkv_input or model.cfg.use_attn_in or model.cfg.use_normalization_before_and_after:
-        raise ComponentError("hooks need the plain attention input: unset use_split_qkv_input and use_attn_in")
-    hooks: list[FwdHook] = []
-    for layer in sorted({layer for layer, _ in of.heads}):
-        hooks += _layer_hooks(model, layer, [h for at, h in of.heads if at == layer], parameters)
-    return hooks
-
-
-def _layer_hooks(
-    model: HookedTransformer, layer: int, heads: list[int], parameters: Mapping[str, Tensor]
-) -> list[FwdHook]:
-    prefix = f"blocks.{layer}.attn"
-    own = {name: model.get_parameter(f"{prefix}.{name}").detach() for name in HEAD_PARAMETERS}
-
-    def delta(name: str) -> Tensor:
-        """[replica, head, ...]: by how much the parameters differ from the model's."""
-        given = parameters[f"{prefix}.{name}"]
-        given = given if given.ndim > own[name].ndim else given.unsqueeze(0)
-        return given[:, heads] - own[name][heads]
-
-    seen: dict[str, Tensor] = {}
-
-    def keep_input(resid: Tensor, hook: HookPoint) -> None:
-        normalized = model.blocks[layer].ln1(resid)
-        seen["v"] = normalized
-        seen["q"] = seen["k"] = (
-            normalized
-            if model.cfg.positional_embedding_type != "shortformer"
-            else (normalized + _shortformer_positions(model, normalized))
-        )
-
-    def moved(letter: str) -> Callable[[Tensor, HookPoint], Tensor]:
-        weight, bias = delta(f"W_{letter.upper()}"), delta(f"b_{letter.upper()}")
-
-        def hook_fn(own_value: Tensor, hook: HookPoint) -> Tensor:
-            x = _by_replica(seen[letter], weight.shape[0])
-            change = torch.einsum("rbpd,rhde->rbphe", x, weight) + bias[:, None, None]
-            return own_value.index_add(2, torch.tensor(heads), change.flatten(0, 1))
-
-        return hook_fn
-
-    def keep_z(z: Tensor, hook: HookPoint) -> None:
-        seen["z"] = z[:, :, heads]
-
-    def move_out(attn_out: Tensor, hook: HookPoint) -> Tensor:
-        weight = delta("W_O")
-        z = _by_replica(seen["z"], weight.shape[0])
-        return attn_out + torch.einsum("rbphe,rhed->rbpd", z, weight).flatten(0, 1)
-
-    return [
-        (f"blocks.{layer}.hook_resid_pre", keep_input),
-        *((f"{prefix}.hook_{letter}", moved(letter)) for letter in "qkv"),
-        (f"{prefix}.hook_z", keep_z),
-        (f"blocks.{layer}.hook_attn_out", move_out),
-    ]
-
-
-def _by_replica(value: Tensor, n_replicas: int) -> Tensor:
-    return value.reshape(n_replicas, -1, *value.shape[1:])
-
-
-def _shortformer_positions(model: HookedTransformer, like: Tensor) -> Tensor:
-    return model.pos_embed.W_pos[: like.shape[1]].detach()
-
-
 def _part(model: HookedTransformer, part: str) -> Masks:
     names = [name for name, _ in model.named_parameters()]
     if part == "model":
@@ -179,29 +95,49 @@ def _part(model: HookedTransformer, part: str) -> Masks:
         prefixes = tuple(f"blocks.{int(layer[1])}.{start}" for start in inside)
         selected: Masks = {name: None for name in names if name.startswith(prefixes)}
         if not selected:
-            raise ComponentError(f"component {part!r} selects no parameter: this model is attention-only")
+            raise ComponentError(f"component {part!r} selects no parameter: {_why_empty(model, prefixes)}")
         return selected
     raise ComponentError(
         f"unknown component {part[:40]!r}; use model, embed, unembed, L0, L0.attn, L0.mlp, L0H1, or several joined by +"
     )
 
 
+def own_parameters(model: HookedTransformer, layer: int) -> dict[str, str]:
+    """The parameters of which each head of a layer has a slice of its own, part -> full name: "W_K" -> "..._W_K".
+
+    Grouped-query attention calls its keys and values _W_K and so on; where heads share them, no head owns any.
+    """
+    cfg, shared = model.cfg, ("W_K", "W_V", "b_K", "b_V")
+    grouped = cfg.n_key_value_heads is not None
+    owned = [part for part in HEAD_PARAMETERS if cfg.n_key_value_heads in (None, cfg.n_heads) or part not in shared]
+    return {part: f"blocks.{layer}.attn.{'_' if grouped and part in shared else ''}{part}" for part in owned}
+
+
 def _head(model: HookedTransformer, part: str, layer: int, head: int) -> Masks:
-    cfg = model.cfg
+    cfg, own = model.cfg, dict(model.named_parameters())
     _check_index(part, "layer", layer, cfg.n_layers)
     _check_index(part, "head", head, cfg.n_heads)
-    if cfg.n_key_value_heads is not None and cfg.n_key_value_heads != cfg.n_heads:
-        raise ComponentError(
-            f"{part!r}: this model's {cfg.n_heads} heads share {cfg.n_key_value_heads} keys and values "
-            f"(grouped-query attention), so a head has no parameters of its own; use L{layer}.attn"
-        )
     masks: Masks = {}
-    for leaf in HEAD_PARAMETERS:
-        name = f"blocks.{layer}.attn.{leaf}"
-        mask = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
+    for name in own_parameters(model, layer).values():
+        if name not in own:
+            raise ComponentError(
+                f"{part!r} has no {name} of its own: it is shared with another part of the model, is made of other "
+                "parameters, or is not there; give the parameters that you mean as a dict of masks"
+            )
+        if len(own[name]) != cfg.n_heads:
+            raise ComponentError(f"{part!r}: {name} has {len(own[name])} slices, and the model {cfg.n_heads} heads")
+        mask = torch.zeros_like(own[name], dtype=torch.bool)
         mask[head] = True
         masks[name] = mask
     return masks
+
+
+def _why_empty(model: HookedTransformer, prefixes: tuple[str, ...]) -> str:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    if shared := [name for name in every if name.startswith(prefixes)]:
+        return f"{shared[0]} is {first[id(every[shared[0]])]}, and so on; name the part that they are counted to"
+    return "this model is attention-only" if model.cfg.attn_only else "it has none"
 
 
 def _check_index(part: str, kind: str, index: int, count: int) -> None:

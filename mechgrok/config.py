@@ -22,6 +22,7 @@ MAX_MODEL_GB = 70.0
 
 SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
 Precision = Literal["float32", "int16", "bfloat16", "float64"]
+LLCPath = Literal["auto", "compiled", "torch", "hooks", "module"]
 
 
 class ModelConfig(Settings):
@@ -128,6 +129,9 @@ class LLCConfig(Settings):
     made of whole numbers, to 1e-5 or so of the vectors' lengths, where the processor is faster at these and
     compiled passes run; "bfloat16" in bfloat16, where torch is (AMX, CUDA). "float64" is for checks.
     device: where the chains run; "cuda" draws other normals than "cpu", so bits differ between the two.
+    path: what evaluates the losses: "compiled" loops or "torch"'s operations compute the layers themselves, "hooks" run
+    the model with its heads supplied by hooks, "module" runs it as it is; "auto": the first that is shown to compute
+    the model, with loops where there is work enough for compiling them to pay.
     memory_gb: what the activations of one estimate may take. More is kept rather than computed anew;
     the last bits of a result depend on it, which is why it is a setting.
     """
@@ -148,6 +152,7 @@ class LLCConfig(Settings):
     precision: Precision = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     memory_gb: Positive = MEMORY_GB
+    path: LLCPath = "auto"
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Self:
@@ -158,13 +163,9 @@ class LLCConfig(Settings):
         if self.engine == "devinterp" and self.sampler not in ("sgld", "rmsprop_sgld"):
             raise ValueError(f"devinterp has no sound {self.sampler}; use sgld or rmsprop_sgld, or engine mechgrok")
         if self.engine == "devinterp" and self.device != "cpu":
-            raise ValueError(
-                "engine devinterp is run on the cpu here, as it is there to check against; leave device out"
-            )
+            raise ValueError("engine devinterp is run on the cpu, as it is there to check against; leave device out")
         if self.n_chains * self.n_draws > 10**9:
-            raise ValueError(
-                f"n_chains * n_draws must be at most 10^9, got {self.n_chains} * {self.n_draws}; lower one"
-            )
+            raise ValueError(f"n_chains * n_draws is at most 10^9, got {self.n_chains} * {self.n_draws}; lower one")
         return self
 
     def halved(self) -> Self:

@@ -16,6 +16,10 @@ class ComponentError(MechgrokError):
     """A component name does not fit the model, or selects no parameter."""
 
 
+class TogetherError(ComponentError):
+    """These components cannot share one batch of draws on this model; each can be sampled alone."""
+
+
 class ShapeError(MechgrokError):
     """An array does not have the shape that its record or function promises."""
 
@@ -38,3 +42,8 @@ class UnhealthyEstimateError(MechgrokError):
 
 class AnalysisError(MechgrokError):
     """An analysis is unknown or does not apply to the task of the study."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from mechgrok import seeds
 from mechgrok.config import ModelConfig
 from mechgrok.errors import CheckpointError, ConfigError
+from mechgrok.plain import is_untouched
 from mechgrok.types import Examples, Split
 
 BLOCK = 2**23  # logits at once: 64 MB in float64
@@ -87,31 +88,35 @@ def scored_logits(
     n_scored: int,
     fwd_hooks: Sequence[FwdHook] = (),
     start_at_layer: int | None = None,
+    drop: bool | None = None,
 ) -> Tensor:
     """The logits of the last `n_scored` positions, [batch, scored, class], under the given hooks.
 
     After the last attention no position looks at another, so a hook drops the unscored ones there
-    and the MLP and the unembedding run on the scored ones only.
+    and the MLP and the unembedding run on the scored ones only: of a model of known parts without hooks, as others may
+    go by positions. drop: whether it is such a model, None to look.
     """
     cfg = model.cfg
+    positions = None
+    if start_at_layer is not None and cfg.positional_embedding_type == "shortformer":  # which later layers need as well
+        positions = model.W_pos[: inputs.shape[1]].expand(len(inputs), -1, -1)
+
+    def logits(rows: Tensor, *hooks: FwdHook) -> Tensor:
+        return model.run_with_hooks(
+            rows, start_at_layer=start_at_layer, shortformer_pos_embed=positions, fwd_hooks=[*fwd_hooks, *hooks]
+        )
+
+    if not (is_untouched(model) if drop is None else drop):
+        return logits(inputs)[:, -n_scored:]
+    if start_at_layer == cfg.n_layers:  # no layer is left to drop them in
+        return logits(inputs[:, -n_scored:])
     has_resid_mid = not (cfg.attn_only or cfg.parallel_attn_mlp)
     point = f"blocks.{cfg.n_layers - 1}.hook_resid_{'mid' if has_resid_mid else 'post'}"
 
     def drop_unscored(resid: Tensor, hook: HookPoint) -> Tensor:
         return resid[:, -n_scored:].contiguous()  # TransformerLens views it as a matrix
 
-    positions = None
-    if start_at_layer is not None:
-        if start_at_layer == cfg.n_layers:  # no layer is left to drop them in
-            inputs = inputs[:, -n_scored:]
-        if cfg.positional_embedding_type == "shortformer":  # which later layers need as well
-            positions = model.W_pos[: inputs.shape[1]].expand(len(inputs), -1, -1)
-    return model.run_with_hooks(
-        inputs,
-        start_at_layer=start_at_layer,
-        shortformer_pos_embed=positions,
-        fwd_hooks=[*fwd_hooks, (point, drop_unscored)],
-    )
+    return logits(inputs, (point, drop_unscored))
 
 
 def model_losses(model: HookedTransformer, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -42,14 +42,16 @@ class Examples:
             _expect(issubclass(kind, Tensor), f"{name} must be a torch.Tensor, got {kind.__name__}; convert it")
         shape = self.tokens.shape
         _expect(len(shape) == 2 and shape[0] > 0, f"tokens must be [example, pos] and not empty, got {tuple(shape)}")
-        for name in ("targets", "weights"):
-            got = getattr(self, name).shape
-            _expect(got == shape, f"{name} must have the shape of tokens {tuple(shape)}, got {tuple(got)}")
-        for name in ("tokens", "targets"):
-            dtype = getattr(self, name).dtype
-            _expect(dtype == torch.int64, f"{name} must be int64, got {dtype}")
-        usable = bool((self.weights.isfinite() & (self.weights >= 0)).all())
-        _expect(usable, "weights must be finite and not negative; a position that is not scored has weight 0")
+        for name, part in (("targets", self.targets), ("weights", self.weights)):
+            _expect(
+                part.shape == shape, f"{name} must have the shape of tokens {tuple(shape)}, got {tuple(part.shape)}"
+            )
+        for name, part in (("tokens", self.tokens), ("targets", self.targets)):
+            _expect(part.dtype == torch.int64, f"{name} must be int64, got {part.dtype}")
+        _expect(
+            bool((self.weights.isfinite() & (self.weights >= 0)).all()),
+            "weights must be finite and not negative; a position that is not scored has weight 0",
+        )
         _expect(bool((self.weights.sum(1) > 0).all()), "every example needs a position of positive weight")
 
     def __len__(self) -> int:
@@ -67,14 +69,15 @@ class Examples:
 
     def first(self, n: int) -> "Examples":
         """The first n examples, or all if there are fewer."""
-        return Examples(self.tokens[:n], self.targets[:n], self.weights[:n])
+        return self.at(slice(n))
+
+    def at(self, rows: Tensor | slice) -> "Examples":
+        """The examples of these numbers, Int[row]."""
+        return Examples(self.tokens[rows], self.targets[rows], self.weights[rows])
 
     def __add__(self, other: "Examples") -> "Examples":
-        return Examples(
-            torch.cat([self.tokens, other.tokens]),
-            torch.cat([self.targets, other.targets]),
-            torch.cat([self.weights, other.weights]),
-        )
+        parts = ("tokens", "targets", "weights")
+        return Examples(*(torch.cat([getattr(self, part), getattr(other, part)]) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,17 @@ class Split:
     language: Any = None
 
     def __post_init__(self) -> None:
+        expected = self.test.tokens.shape
         for name, values in (("kinds", self.kinds), ("floors", self.floors)):
-            if values is not None:
-                got, expected = tuple(values.shape), tuple(self.test.tokens.shape)
-                _expect(got == expected, f"{name} must have the shape of the test tokens {expected}, got {got}")
+            got = expected if values is None else values.shape
+            _expect(got == expected, f"{name} must have the test tokens' shape {tuple(expected)}, got {tuple(got)}")
 
     def first(self, n: int) -> "Split":
         """The split with the first n rows of each kind of data."""
         others = {name: examples.first(n) for name, examples in self.distributions.items()}
         kinds, floors = (None if known is None else known[:n] for known in (self.kinds, self.floors))
-        train, test = self.train.first(n), self.test.first(n)
-        return replace(self, train=train, test=test, distributions=others, kinds=kinds, floors=floors)
+        parts = {"train": self.train.first(n), "test": self.test.first(n), "distributions": others}
+        return replace(self, **parts, kinds=kinds, floors=floors)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class LLCEstimate:
     each is L_b(w) - L_b(w*) + L_n(w*), the loss on the draw's batch b less that batch's own luck.
     bias, bias_error: what the finite step size adds to llc, with its standard error; None where it was
     not asked for. It is not subtracted from llc and not part of std_error.
+    path: what evaluated the losses (see `LLCConfig`); why_not_faster: why nothing faster did, in words.
     """
 
     component: str
@@ -232,6 +236,8 @@ class LLCEstimate:
     paired: bool = False
     bias: float | None = None
     bias_error: float | None = None
+    path: str = ""
+    why_not_faster: str | None = None
 
     def __post_init__(self) -> None:
         expected = (self.config.n_chains, self.config.n_draws)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
-from mechgrok.components import HEAD_PARAMETERS, complement, component, expand_names, head_hooks
+from mechgrok.components import HEAD_PARAMETERS, complement, component, expand_names
 from mechgrok.errors import ComponentError
+from mechgrok.hooked_heads import heads_at
 from mechgrok.model import build_model, evaluate, model_losses
 from mechgrok.sampling.potential import extract, inserter
 from mechgrok.tasks import make_split
@@ -94,11 +95,10 @@ def test_layer_splits_into_attention_and_mlp_and_unions_add_up() -> None:
 @given(architectures, st.sampled_from(["L0H0", "L0H1", "L0H0+L0H1"]))
 def test_at_the_models_own_parameters_hooks_change_no_bit(shape, name) -> None:
     model = build(**shape)
-    hooks = head_hooks(model, component(model, name), parameters(model))
-    plain = evaluate(model, SPLIT.train)
-    assert evaluate(model, SPLIT.train, hooks) == plain
     tokens = SPLIT.train.tokens
-    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), model(tokens))
+    plain = model(tokens)
+    with heads_at(model, component(model, name), parameters(model)):
+        assert torch.equal(model(tokens), plain)
 
 
 @settings(deadline=None, max_examples=40)
@@ -111,8 +111,8 @@ def test_hooks_equal_a_model_that_really_has_the_other_parameters(shape, name, s
     anchor = extract(head, own)
     moved = anchor + 0.5 * torch.randn(anchor.shape, generator=seeds.stream(seed, "moved"))
     other = inserter(head, own)(moved)
-    hooks = head_hooks(model, head, other)
-    hooked = evaluate(model, SPLIT.train, hooks)[0]
+    with heads_at(model, head, other):
+        hooked = evaluate(model, SPLIT.train)[0]
     expected = float(torch.func.functional_call(_Losses(model), {f"model.{n}": q for n, q in other.items()}, ()).mean())
     assert hooked == pytest.approx(expected, rel=2e-5)
     assert hooked != pytest.approx(evaluate(model, SPLIT.train)[0], rel=1e-4)
@@ -151,15 +151,10 @@ def test_a_name_that_does_not_fit_is_refused(name: str, message: str) -> None:
         component(build(d_mlp=None), name)
 
 
-def test_grouped_query_heads_are_refused_and_the_whole_attention_is_not() -> None:
+def test_hooks_supply_heads_only() -> None:
     model = build()
-    model.cfg.n_key_value_heads = 1
-    with pytest.raises(ComponentError, match="share 1 keys and values"):
-        component(model, "L0H1")
-    assert component(model, "L0.attn").n_params > 0
-
-
-def test_hooks_evaluate_heads_only() -> None:
-    model = build()
-    with pytest.raises(ComponentError, match="hooks evaluate heads"):
-        head_hooks(model, component(model, "L0.mlp"), parameters(model))
+    with (
+        pytest.raises(ComponentError, match="hooks supply heads and unions of heads"),
+        heads_at(model, component(model, "L0.mlp"), parameters(model)),
+    ):
+        pass

@@ -104,9 +104,7 @@ def test_llc_config_built_by_hand_raises_our_error() -> None:
 
 
 def test_chains_and_draws_are_bounded_together() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^LLCConfig: n_chains \* n_draws must be at most 10\^9, got 101 \* 10000000;"
-    ):
+    with pytest.raises(ConfigError, match=r"^LLCConfig: n_chains \* n_draws is at most 10\^9, got 101 \* 10000000;"):
         LLCConfig(nbeta=1.0, step_size=1e-3, localization=1.0, n_chains=101, n_draws=10**7)
 
 

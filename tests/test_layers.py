@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
     {"types", "calibration", "errors", "seeds", "task_config", "toml_values", "config", "reproducible"},
+    {"plain"},
     {"model", "canonical", "components", "store", "schedule", "stages", "plotting", "regression"},
-    {"loops"},
+    {"loops", "hooked_heads"},
     {"sampling"},
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},

@@ -66,7 +66,9 @@ def test_the_same_problem_on_other_data_keeps_precision_and_memory() -> None:
     whole = make_problem(model, split.train, "L0H1", precision="float64", memory_gb=0.5)
     other = whole.on(split.test)
     assert other.potential.anchor.dtype == torch.float64 and other.settings == whole.settings
-    assert other.settings == {"memory_gb": 0.5, "precision": "float64", "device": "cpu"}
+    assert other.settings == {
+        "memory_gb": 0.5, "precision": "float64", "device": "cpu", "path": "auto", "loops": True,
+    }  # fmt: skip
 
 
 def as_devinterp(observation: Observation, names: list[str]) -> xr.DataTree:

@@ -13,9 +13,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import mechgrok as mg
 from mechgrok import seeds
-from mechgrok.components import component, head_hooks
+from mechgrok.components import component
 from mechgrok.config import LLCConfig
-from mechgrok.errors import ComponentError, ConfigError
+from mechgrok.errors import ConfigError, TogetherError
+from mechgrok.hooked_heads import heads_at
 from mechgrok.llc.estimate import estimate_group
 from mechgrok.llc.head_potential import HeadPotential
 from mechgrok.llc.problem import groups, make_problem
@@ -154,7 +155,9 @@ def test_hooks_supply_a_head_to_the_same_effect() -> None:
     data, of = examples(model), component(model, "L0H1")
     fast, hooked = LayerHeads(model, data, 0, [1], PLENTY), HeadPotential(model, data, of)
     assert_same(fast, hooked, moved(fast.anchor), slice(None), batches())
-    assert head_hooks(model, of, dict(model.named_parameters()))
+    with heads_at(model, of, dict(model.named_parameters())):
+        assert model.blocks[0].attn._forward_hooks
+    assert not model.blocks[0].attn._forward_hooks
 
 
 def test_blocks_of_one_example_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +180,8 @@ def test_what_the_fast_path_does_not_compute_is_left_to_transformer_lens() -> No
     assert "soft_cap" in str(why_not(capped))
     assert isinstance(make_problem(capped, examples(capped), "L0H1").potential, HeadPotential)
     assert groups(capped, ("L0H0", "L0H1")) == [("L0H0",), ("L0H1",)]
-    with pytest.raises(ComponentError, match="soft_cap"):
-        make_problem(capped, examples(capped), ("L0H0", "L0H1"))
+    together = make_problem(capped, examples(capped), ("L0H0", "L0H1"))
+    assert together.path == "hooks" and "soft_cap" in together.why_not_faster
 
 
 def test_groups_are_the_heads_of_a_layer() -> None:
@@ -186,8 +189,10 @@ def test_groups_are_the_heads_of_a_layer() -> None:
     assert groups(build(), names) == [("model",), ("L0H0", "L0H1"), ("L1H1",), ("L1H0+L0H0",)]
     many = [f"L0H{head}" for head in range(20)]
     assert groups(build(), many) == [tuple(many[:16]), tuple(many[16:])]
-    with pytest.raises(ComponentError, match="one layer"):
-        make_problem(build(), examples(build()), ("L0H0", "L1H0"))
+    across = make_problem(build(), examples(build()), ("L0H0", "L1H0"))
+    assert across.path == "hooks" and "one layer" in across.why_not_faster
+    with pytest.raises(TogetherError, match="L0H0, L0.mlp cannot be sampled together"):
+        make_problem(build(d_mlp=7), examples(build()), ("L0H0", "L0.mlp"))
 
 
 CONFIG = LLCConfig(nbeta=20.0, step_size=2e-3, localization=50.0, n_chains=3, n_draws=30, n_burnin=10, batch_size=4)

@@ -30,6 +30,7 @@ from mechgrok.errors import ConfigError
 from mechgrok.llc.estimate import as_set, estimate_problem
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.llc.step_size import allowed_step_size, sharpness
+from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import reproducible
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.potential import LossFn
@@ -121,6 +122,9 @@ def calibrate(
     if not pairs or not components or not nbetas or not localizations:
         raise ConfigError("nothing to calibrate on; give at least one model, component, nbeta and localization")
     how = {"loss_fn": loss_fn, "chance_loss": chance_loss, **as_set(any_setting)}
+    n_estimates = len(pairs) * len(components) * len(nbetas) * len(localizations)
+    loops = loops_pay([n_estimates * estimate_work(pairs[0][1], data, any_setting)], [any_setting])
+    how["loops"] = loops
     cases = [_Case(step, make_problem(model, data, one, **how)) for step, model in pairs for one in components]
     check_batch_size(any_setting, len(cases[0].problem.init_losses))
 

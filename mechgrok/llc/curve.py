@@ -12,6 +12,7 @@ from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.estimate import estimate_group
 from mechgrok.llc.problem import groups
+from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
@@ -48,7 +49,8 @@ def llc_curve(
     if isinstance(trajectory, Trajectory):
         names = expand_names(trajectory.model_at(trajectory.steps[0]), components)
         units = [(step, name, config) for step in trajectory.steps for name in names]
-        found = dict(estimate_units(trajectory, examples, units, seed, n_workers, n_threads))
+        loops = curve_loops_pay(trajectory, examples, units)
+        found = dict(estimate_units(trajectory, examples, units, seed, n_workers, n_threads, loops=loops))
     else:
         found, names = {}, tuple(components)
         with reproducible(n_threads):
@@ -92,17 +94,27 @@ def estimate_units(
     n_workers: int,
     n_threads: int,
     scheduler: str | None = None,
+    loops: bool | None = None,
 ) -> Iterator[tuple[Unit, LLCEstimate]]:
     """The estimates of the units as each ends, in any order, on this machine or on the cluster at `scheduler`.
 
     Units that go together are one job, and come together.
 
+    loops: whether compiling loops pays (`curve_loops_pay`), None: each job as for itself.
     n_threads: torch threads of one job. It is fixed by the caller, not by the machine, because
     the bits of a sum depend on it.
     """
-    work = partial(_estimate_units, trajectory, examples, seed, n_threads)
+    work = partial(_estimate_units, trajectory, examples, seed, n_threads, loops)
     for estimates in each_result(work, _jobs(trajectory, units), n_workers, scheduler):
         yield from estimates
+
+
+def curve_loops_pay(trajectory: Trajectory, examples: Examples, units: Sequence[Unit]) -> bool:
+    """Whether compiling loops pays for all of these estimates together."""
+    if not units:
+        return False
+    model, configs = trajectory.model_at(trajectory.steps[0]), [config for _, _, config in units]
+    return loops_pay((estimate_work(model, examples, config) for config in configs), configs)
 
 
 def with_company(trajectory: Trajectory, units: Sequence[Unit], missing: Sequence[Unit]) -> list[Unit]:
@@ -159,10 +171,16 @@ def assemble_curve(
 
 
 def _estimate_units(
-    trajectory: Trajectory, examples: Examples, seed: int, n_threads: int, job: tuple[int, tuple[str, ...], LLCConfig]
+    trajectory: Trajectory,
+    examples: Examples,
+    seed: int,
+    n_threads: int,
+    loops: bool | None,
+    job: tuple[int, tuple[str, ...], LLCConfig],
 ) -> list[tuple[Unit, LLCEstimate]]:
     step, names, config = job
     with reproducible(n_threads):
         model = trajectory.model_at(step)
-        estimates = estimate_group(model, examples, names, config=config, seed=point_seed(seed, step))
+        seed = point_seed(seed, step)
+        estimates = estimate_group(model, examples, names, config=config, seed=seed, loops=loops)
     return [((step, one.component, config), one) for one in estimates]

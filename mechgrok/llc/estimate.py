@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mechgrok import seeds
 from mechgrok.config import LLCConfig
-from mechgrok.errors import ComponentError, ConfigError
+from mechgrok.errors import ComponentError, ConfigError, TogetherError
 from mechgrok.llc.bias import step_size_bias
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
-from mechgrok.reproducible import matmul_precision
+from mechgrok.llc.work import estimate_work, loops_pay
+from mechgrok.reproducible import differentiable, matmul_precision
 from mechgrok.sampling.chains import Draws, sample
 from mechgrok.sampling.diagnostics import health, summarize
 from mechgrok.sampling.potential import LossFn
@@ -67,7 +68,10 @@ def estimate_llc(
     check_config(config)
     if isinstance(component, tuple):
         raise ComponentError('one component at a time: write "L0H0+L0H1" for both heads as one, or call this for each')
-    problem = make_problem(model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, **as_set(config))
+    loops = loops_pay([estimate_work(model, data, config)], [config])
+    problem = make_problem(
+        model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, loops=loops, **as_set(config)
+    )
     check_batch_size(config, len(problem.init_losses))
     estimate = estimate_problem(problem, config, seed)
     if not bias:
@@ -83,16 +87,31 @@ def check_config(config: object) -> None:
 
 
 def estimate_group(
-    model: torch.nn.Module, examples: Examples, names: tuple[str, ...], *, config: LLCConfig, seed: int
+    model: torch.nn.Module,
+    examples: Examples,
+    names: tuple[str, ...],
+    *,
+    config: LLCConfig,
+    seed: int,
+    loops: bool | None = None,
 ) -> list[LLCEstimate]:
     """`estimate_llc` of every head of a group, as `problem.groups` makes them, in one batch.
 
     Each head draws the noise that it draws alone, and all heads of a chain the batches that each
     draws alone, so an estimate equals that of the head alone up to the rounding of the matrix products.
+
+    loops: whether compiling loops pays, None: as for this work alone.
     """
-    if config.engine == "devinterp":  # it samples one component at a time
-        return [estimate_llc(model, examples, component=name, config=config, seed=seed) for name in names]
-    problem = make_problem(model, examples, names, **as_set(config))
+    if loops is None:
+        loops = loops_pay([estimate_work(model, examples, config, len(names))], [config])
+    try:
+        if config.engine == "devinterp":  # it samples one component at a time
+            raise TogetherError("devinterp samples one component at a time")
+        problem = make_problem(model, examples, names, loops=loops, **as_set(config))
+    except TogetherError:
+        each = [make_problem(model, examples, name, loops=loops, **as_set(config)) for name in names]
+        check_batch_size(config, len(each[0].init_losses))
+        return [estimate_problem(problem, config, seed) for problem in each]
     check_batch_size(config, len(problem.init_losses))
     return estimates_of(problem, config, draw(problem, config, seed), seed)
 
@@ -141,9 +160,12 @@ def _estimate(
         config=config,
         health=health(summary, init_loss, problem.chance_loss, prior_rise, float(draws.acceptance.mean())),
         paired=paired,
+        path=config.engine if config.engine == "devinterp" else problem.path,
+        why_not_faster=problem.why_not_faster,
     )
 
 
+@differentiable()
 def draw(problem: Problem, config: LLCConfig, seed: int, observe: Callable[[Tensor], Tensor] | None = None) -> Draws:
     """The chains of an estimate. observe: as `sample` takes it, by mechgrok's own engine alone."""
     if config.engine == "devinterp":
@@ -151,7 +173,8 @@ def draw(problem: Problem, config: LLCConfig, seed: int, observe: Callable[[Tens
 
         return devinterp_draws(problem, config, seed)
     with matmul_precision(config.precision):
-        return sample(problem.potential, config, seed, stream_names(config), members(problem), observe)
+        loops = problem.path == "compiled"
+        return sample(problem.potential, config, seed, stream_names(config), members(problem), observe, loops)
 
 
 def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, bool]:
@@ -194,4 +217,4 @@ def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[float]:
 
 def as_set(config: LLCConfig) -> dict[str, Any]:
     """The settings that the problem depends on."""
-    return {key: getattr(config, key) for key in ("canonicalize", "memory_gb", "precision", "device")}
+    return {key: getattr(config, key) for key in ("canonicalize", "memory_gb", "precision", "device", "path")}

@@ -10,6 +10,7 @@ from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.estimate import as_set, check_config, draw, estimates_of
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
+from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.sampling.potential import LossFn
 from mechgrok.types import LLCEstimate
 
@@ -66,7 +67,8 @@ def observe(
     check_config(config)
     if config.engine != "mechgrok":
         raise ConfigError("observables need mechgrok's own engine; leave engine out")
-    problem = make_problem(model, data, component, loss_fn=loss_fn, **as_set(config))
+    loops = loops_pay([estimate_work(model, data, config)], [config])
+    problem = make_problem(model, data, component, loss_fn=loss_fn, loops=loops, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
     if not isinstance(observed, Mapping) or not observed:
         raise ConfigError('nothing to observe; give at least one named set of examples, as in {"test": examples}')

@@ -1,16 +1,17 @@
 """What is sampled: a model, its data and a component, or heads that go together, made into a potential."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mechgrok.config import MEMORY_GB, LLCConfig, Precision
+from mechgrok.config import MEMORY_GB, LLCConfig, LLCPath, Precision
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
-from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
+from mechgrok.llc.prepared import prepared, prepared_data
+from mechgrok.reproducible import differentiable
+from mechgrok.sampling.potential import LossFn, Potential
 from mechgrok.types import Component, Examples
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class Problem:
     """Losses of `module` on `tensors` as a function of a component's parameters, around their own values.
 
     components: one, or heads of one layer that share their batches. init_losses: Float64[example], nats,
-    at the module's own parameters w*. chance_loss: that of guessing, None if unknown. settings: memory_gb, precision
-    and device, where they are for the module's kind.
+    at the module's own parameters w*, by the module itself. chance_loss: that of guessing, None if unknown. path: what
+    computes the losses (see `LLCConfig`), and why_not_faster: why nothing faster does. settings: what `make_problem`
+    was given besides, where it is for the module's kind.
     """
 
     module: torch.nn.Module
@@ -37,6 +39,8 @@ class Problem:
     potential: Potential
     init_losses: Tensor
     chance_loss: float | None
+    path: str
+    why_not_faster: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,6 +66,7 @@ class Problem:
         )
 
 
+@differentiable()
 def make_problem(
     model: torch.nn.Module,
     data: Data,
@@ -73,11 +78,14 @@ def make_problem(
     memory_gb: float = MEMORY_GB,
     precision: Precision = "float32",
     device: str = "cpu",
+    path: LLCPath = "auto",
+    loops: bool = True,
 ) -> Problem:
     """See `estimate_llc` for the arguments. Raises ComponentError, ConfigError, ShapeError, before any sampling.
 
     Args:
         component: also the names of heads that one of `groups` puts together.
+        loops: whether compiling loops pays (`work.loops_pay`), if `path` leaves it open.
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a HookedTransformer or another torch module, got {type(model).__name__}")
@@ -88,8 +96,8 @@ def make_problem(
             raise ConfigError(
                 "loss_fn goes with plain tensors; Examples carry their own loss, so leave one of them out"
             )
-        problem = _hooked(model, data, component, chance_loss, canonicalize, memory_gb * 1e9, precision, device)
-        problem = replace(problem, settings={"memory_gb": memory_gb, "precision": precision, "device": device})
+        settings = {"memory_gb": memory_gb, "precision": precision, "device": device, "path": path, "loops": loops}
+        problem = _hooked(model, data, component, chance_loss, canonicalize, settings)
     else:
         if loss_fn is None:
             raise ConfigError("tensors need loss_fn=f with f(module, *batch) -> loss per example; or pass Examples")
@@ -105,11 +113,11 @@ def make_problem(
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
         if precision == "float64" or device != "cpu":
             raise ConfigError("precision and device are for HookedTransformers with Examples; move module and tensors")
+        if path not in ("auto", "module"):
+            raise ConfigError(f'path "{path}" is for HookedTransformers with Examples; leave it out for plain tensors')
         if isinstance(component, tuple):
             raise ComponentError("heads are sampled together on HookedTransformers only; give one component")
         problem = _module(model, tuple(data), loss_fn, component, chance_loss)
-    if not bool(problem.init_losses.isfinite().all()):
-        raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
     return problem
 
 
@@ -122,8 +130,9 @@ def groups(model: "HookedTransformer", names: Sequence[str]) -> list[tuple[str, 
     from mechgrok.replicas.network import why_not
 
     found: dict[str, list[str]] = {}
+    together = why_not(model) is None
     for name in names:
-        head = HEAD_NAME.fullmatch(name) if why_not(model) is None else None
+        head = HEAD_NAME.fullmatch(name) if together else None
         found.setdefault(f"heads of layer {head[1]}" if head else name, []).append(name)
     return [tuple(group[at : at + GROUP]) for group in found.values() for at in range(0, len(group), GROUP)]
 
@@ -143,14 +152,13 @@ def _hooked(
     component: ComponentLike | tuple[str, ...],
     chance: float | None,
     canonical: bool,
-    memory: float,
-    precision: Precision,
-    device: str,
+    settings: Mapping[str, Any],
 ) -> Problem:
     from transformer_lens import HookedTransformer
 
     from mechgrok.canonical import canonicalize
     from mechgrok.components import component as named
+    from mechgrok.llc.paths import Asked, serve
     from mechgrok.model import chance_loss, model_losses
 
     if not isinstance(model, HookedTransformer):
@@ -166,71 +174,35 @@ def _hooked(
     asked = component if isinstance(component, tuple) else ("model" if component is None else component,)
     components = tuple(named(model, one) if isinstance(one, str) else _resolve(model, one) for one in asked)
     model = canonicalize(model) if canonical else model
-    model = _as_asked(model, precision, device)
-    if device != "cpu":
-        examples = Examples(*(part.to(device) for part in (examples.tokens, examples.targets, examples.weights)))
-    potential = _potential(model, examples, components, memory, precision)
-    init_losses = _init_losses(model, examples, memory)
+    device = settings["device"]
+    model = prepared(model, settings["precision"], device if device != "cpu" else None)
+    parts = prepared_data((examples.tokens, examples.targets, examples.weights), model)
+    examples = Examples(*(part.to(device) if device != "cpu" else part for part in parts))
+    init_losses = _init_losses(model, examples)
+    path: LLCPath = settings["path"]
+    loops = path == "compiled" or (path == "auto" and settings["loops"])
+    served = serve(
+        Asked(model, examples, components, init_losses, settings["memory_gb"] * 1e9, settings["precision"], path, loops)
+    )
     chance = chance_loss(model) if chance is None else chance
-    return Problem(model, model_losses, examples.tensors, components, potential, init_losses, chance)
+    return Problem(
+        model, model_losses, examples.tensors, components, served.potential, init_losses, chance, served.path,
+        served.why_not_faster, settings,
+    )  # fmt: skip
 
 
-def _init_losses(model: "HookedTransformer", examples: Examples, memory: float) -> Tensor:
-    """The losses at the model's own parameters, by what computes those of the draws if it can: Float64[example]."""
-    from mechgrok.components import component
+@torch.no_grad()
+def _init_losses(model: "HookedTransformer", examples: Examples) -> Tensor:
+    """The losses at the model's own parameters, by the model itself: Float64[example]."""
     from mechgrok.model import blocks, model_losses
-    from mechgrok.replicas.network import why_not
-    from mechgrok.replicas.whole import NetworkPotential
 
-    if why_not(model) is None:
-        whole = NetworkPotential(model, examples, component(model, "model"), memory)
-        return whole.losses(whole.anchor[None], torch.arange(len(examples), device=whole.anchor.device)[None])[0].cpu()
-    with torch.no_grad():
-        return torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu()
+    return _finite(torch.cat([model_losses(model, *block) for block in blocks(model, examples)]).double().cpu())
 
 
-def _as_asked(model: "HookedTransformer", precision: Precision, device: str) -> "HookedTransformer":
-    """The model itself, or a copy in float64 or on another device."""
-    if precision != "float64" and device == "cpu":
-        return model
-    model = copy.deepcopy(model)
-    if precision == "float64":
-        model.to(torch.float64)
-    if device != "cpu":
-        model.to(device)
-    return model
-
-
-def _potential(
-    model: "HookedTransformer",
-    examples: Examples,
-    components: tuple[Component, ...],
-    memory: float,
-    precision: Precision,
-) -> Potential:
-    """The fastest that computes this architecture; the last two leave all of it to TransformerLens."""
-    from mechgrok.llc.head_potential import HeadPotential, can_hook
-    from mechgrok.model import model_losses
-    from mechgrok.replicas.heads import LayerHeads
-    from mechgrok.replicas.network import why_not
-    from mechgrok.replicas.whole import NetworkPotential
-
-    refusal = why_not(model)
-    heads = [head for component in components for head in component.heads]
-    together = len(heads) == len(components) and len({layer for layer, _ in heads}) == 1
-    if len(components) > 1 and (refusal or not together):
-        raise ComponentError(
-            f"{', '.join(component.name for component in components)} cannot be sampled together"
-            f"{': ' + refusal if refusal else '; only single heads of one layer can'}"
-        )
-    if refusal is None and together:
-        return LayerHeads(model, examples, heads[0][0], [head for _, head in heads], memory, precision)
-    (component,) = components
-    if refusal is None:
-        return NetworkPotential(model, examples, component, memory, precision)
-    if can_hook(model, component):
-        return HeadPotential(model, examples, component)
-    return ModulePotential(model, model_losses, examples.tensors, component)
+def _finite(losses: Tensor) -> Tensor:
+    if not bool(losses.isfinite().all()):
+        raise ConfigError("the loss at the model's own parameters is not finite; nothing can be sampled around it")
+    return losses
 
 
 def _module(
@@ -251,21 +223,20 @@ def _module(
             "the module is in train mode and has dropout or batch normalization, so its loss is random or depends on "
             "the other examples; call module.eval()"
         )
+    from mechgrok.llc.paths import module_path
+
     if not callable(loss_fn):
         raise ConfigError(f"loss_fn must be a function (module, *batch) -> loss of each example, got {loss_fn!r}")
-    resolved = _resolve(module, component)
+    module = prepared(module)
+    tensors, resolved = prepared_data(tensors, module), _resolve(module, component)
     with torch.no_grad():
         init_losses = loss_fn(module, *tensors)
     if not isinstance(init_losses, Tensor) or init_losses.shape != tensors[0].shape[:1]:
         got = tuple(init_losses.shape) if isinstance(init_losses, Tensor) else type(init_losses).__name__
         raise ShapeError(f"loss_fn must return one loss per example [{len(tensors[0])}], got {got}")
-    potential = ModulePotential(module, loss_fn, tensors, resolved)
-    if not potential.has_gradient():
-        raise ConfigError(
-            "the loss that loss_fn returns has no gradient by the module's parameters; compute it from them by torch's "
-            "operations, without detach, item, numpy or no_grad"
-        )
-    return Problem(module, loss_fn, tensors, (resolved,), potential, init_losses.double(), chance)
+    init_losses = _finite(init_losses.double().cpu())
+    potential, why = module_path(module, loss_fn, tensors, resolved, init_losses)
+    return Problem(module, loss_fn, tensors, (resolved,), potential, init_losses, chance, "module", why)
 
 
 def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor | None] | None) -> Component:
@@ -278,10 +249,13 @@ def _resolve(module: torch.nn.Module, component: Component | Mapping[str, Tensor
     for name, mask in masks.items():
         if name not in own:
             raise ComponentError(f"the model has no parameter {name!r}; it has {', '.join(own)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != own[name].shape):
+        if mask is not None and not (
+            isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == own[name].shape
+        ):
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ComponentError(
-                f"the mask of {name!r} must be bool of shape {tuple(own[name].shape)}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"the mask of {name!r} must be None, for all of it, or a bool tensor of shape "
+                f"{tuple(own[name].shape)}, got {got}"
             )
     if isinstance(component, Component):
         return component

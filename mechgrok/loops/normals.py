@@ -31,12 +31,12 @@ class Normals:
     """Streams of N(0, 1) that go on where they stopped, one for each generator, which is left as it is.
 
     The same numbers as `torch.randn(n, generator=...)` of generators that nothing was drawn from, up to rounding: on a
-    CPU, in float32 and for 16 numbers or more by loops of our own, else by torch itself.
+    CPU, in float32 and for 16 numbers or more by `loops` of our own, if they are wanted, else by torch itself.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], n: int, like: Tensor):
+    def __init__(self, generators: Sequence[torch.Generator], n: int, like: Tensor, loops: bool = True):
         self._generators, self._n, self._like = list(generators), n, like
-        self._own = serves(like) and n >= WIDTH
+        self._own = loops and serves(like) and n >= WIDTH
         if self._own:
             # Torch seeds the twister with the last 32 bits, as NumPy's RandomState does.
             seeds = [generator.initial_seed() & 0xFFFF_FFFF for generator in self._generators]
@@ -48,7 +48,7 @@ class Normals:
     def __call__(self) -> Tensor:
         """The next n numbers of each: Float[generator, n]."""
         if self._own:
-            drawn = torch.empty(len(self._generators), self._n)
+            drawn = torch.empty(len(self._generators), self._n, dtype=torch.float32)
             _fill(self._words, self._at, drawn.numpy())
             return drawn
         dtype, device = self._like.dtype, self._like.device

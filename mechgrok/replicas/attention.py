@@ -11,7 +11,13 @@ from mechgrok.reproducible import without_denormals
 
 
 def attend(
-    q: Tensor | None, rest: Tensor, n_keys: Tensor, scale: float, bias: Tensor | None = None, apart: bool = False
+    q: Tensor | None,
+    rest: Tensor,
+    n_keys: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    apart: bool = False,
+    loops: bool = True,
 ) -> Tensor:
     """z = softmax(scale q k^T + bias) v, differentiable by q, k and v.
 
@@ -21,12 +27,12 @@ def attend(
         n_keys: Int[query]: each query sees that many keys, from the first on; never fewer than the query before
             it, and one at least.
         bias: Float[head, query, key].
-        apart: each head by itself.
+        apart: each head by itself. loops: whether compiled ones may be used.
 
     Returns:
         Float[example, query, head, d_head], or Float[head, example, query, d_head] if `apart`.
     """
-    if bias is None and serves(rest):
+    if loops and bias is None and serves(rest):
         return _Fused.apply(q, rest, n_keys, scale, apart)
     return _plain(q, rest, n_keys, scale, bias, apart)
 
@@ -64,7 +70,7 @@ class _Fused(torch.autograd.Function):
         q, rest = ctx.saved_tensors
         dq, drest = None if q is None else torch.empty_like(q), torch.empty_like(rest)
         gradients = _flat(drest if dq is None else dq), _flat(drest)
-        dscores = _flat(torch.empty(rest.shape[1] * fused.WIDTH))
+        dscores = _flat(rest.new_empty(rest.shape[1] * fused.WIDTH))
         with without_denormals():
             fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, dscores, *gradients)
         return dq, drest, None, None, None
@@ -78,7 +84,7 @@ def _arguments(q: Tensor | None, rest: Tensor, n_keys: Tensor, scale: float, sum
     return (
         _flat(first), first.shape[1] * row, row, _flat(rest), rest_row, n_pos,
         n_keys.to(torch.float32).numpy(), fused.number(scale), n_heads, d_head,
-        _flat(torch.empty(d_head * fused.WIDTH)), _flat(torch.empty(n_pos * fused.WIDTH)), False, _flat(sums),
+        _flat(rest.new_empty(d_head * fused.WIDTH)), _flat(rest.new_empty(n_pos * fused.WIDTH)), False, _flat(sums),
     )  # fmt: skip
 
 

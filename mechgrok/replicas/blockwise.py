@@ -8,6 +8,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechgrok.replicas.network import Network
+from mechgrok.reproducible import differentiable
 from mechgrok.types import Examples
 
 AT_ONCE = 64  # examples that the frozen part of the model is run on at once
@@ -19,19 +20,26 @@ class Blockwise(ABC):
 
     Args:
         memory: bytes for activations, kept ones and those of a block each at most half of it.
+        loops: whether compiled loops may be used.
     """
 
     anchor: Tensor
 
-    def __init__(self, model: HookedTransformer, examples: Examples, memory: float):
+    def __init__(self, model: HookedTransformer, examples: Examples, memory: float, loops: bool = True):
         self.n_examples = len(examples)
-        self._net = Network(model, examples)
+        self._net = Network(model, examples, loops)
         self._tokens = examples.tokens
         self._targets = examples.targets[:, self._net.scored]
         weights = examples.weights[:, self._net.scored].to(model.W_E.dtype)
         self._weights = weights / weights.sum(1, keepdim=True)
         self._memory = memory / self._weights.element_size() / 2  # in numbers
 
+    @property
+    def loops(self) -> bool:
+        """Whether compiled loops are used."""
+        return self._net.loops
+
+    @differentiable()
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         losses, gradient = [], None
         for block in self._blocks(len(theta), index):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import Precision
-from mechgrok.loops.kept import flat, serves
+from mechgrok.loops.kept import flat
 from mechgrok.loops.lanes import HAS_AMX, HAS_VNNI
 from mechgrok.replicas import passes
 from mechgrok.replicas.calls import Call, Heads, Layer
@@ -59,8 +59,8 @@ def why_not(net: Network, precision: Precision = "float32") -> str | None:
     """What keeps this network, or its numbers, from the compiled passes; None if nothing does."""
     cfg = net.cfg
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
-    if not serves(net.frozen["embed.W_E"]):
-        return "not float32 on the CPU"
+    if not net.loops:
+        return "not float32 on the CPU, or loops are not wanted"
     if precision == "bfloat16" and HAS_AMX:
         return "bfloat16's products are torch's on this processor"
     if cfg.positional_embedding_type not in ("standard", "shortformer"):
@@ -83,7 +83,7 @@ class Passes:
         self.net, self.precision = net, precision
         self._plans: dict[Hashable, Plan] = {}
         self._still: dict[bool, tuple[list[Linear], Tensor]] = {}
-        self._room = torch.zeros(0)
+        self._room = torch.zeros(0, dtype=torch.float32)
         self._n_keys = [net.n_keys(layer).float() for layer in (0, net.cfg.n_layers - 1)]
 
     def __call__(
@@ -117,10 +117,10 @@ class Passes:
         linears, plan = call.linears(), self._plan(call, wanted)
         still = self._packed([linear for linear in linears if not linear.moves], plan.still)
         own = plan.own.pack([linear for linear in linears if linear.moves])
-        gradients = torch.empty(sum(plan.sizes))
-        dresid = torch.empty((call.n_replicas, *call.resid.shape[1:]) if wanted[0] else 0)
-        others, away = torch.empty(2, call.n_replicas, call.targets.shape[1])
-        nothing, none = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        gradients = torch.empty(sum(plan.sizes), dtype=torch.float32)
+        dresid = gradients.new_empty((call.n_replicas, *call.resid.shape[1:]) if wanted[0] else 0)
+        others, away = gradients.new_empty(2, call.n_replicas, call.targets.shape[1])
+        nothing, none = gradients.new_empty(0), torch.empty(0, dtype=torch.int64)
         tensors = (
             net.scored, net.every, *self._n_keys, still, own,
             nothing if heads is None else heads.normalized, call.resid, none if begun is None else begun.which,
@@ -153,7 +153,7 @@ class Passes:
     def _room_of(self, size: int) -> Tensor:
         """At least so many numbers, all of them finite or once computed from what was not."""
         if len(self._room) < size:
-            self._room = torch.zeros(size)
+            self._room = torch.zeros(size, dtype=torch.float32)
         return self._room
 
 

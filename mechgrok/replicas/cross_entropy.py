@@ -29,7 +29,9 @@ class Frozen:
     before_readout: Tensor
 
 
-def cross_entropy(x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, loops: bool = True
+) -> tuple[Tensor, Tensor]:
     """(nats Float[replica, row], total Float[replica]) of the logits x readout + bias.
 
     total = sum over rows of weights nats, differentiable by x, readout and bias; nats are not. Where the
@@ -39,12 +41,20 @@ def cross_entropy(x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, wei
     Args:
         x: Float[replica, row, d_model]; readout: Float[replica or 1, d_model, class]; bias: Float[replica or 1, class].
         targets: Int[chain, row]; weights: Float[chain, row]. Replicas are member-major: row m * n_chains + c.
+        loops: whether compiled ones may be used.
     """
-    return _CrossEntropy.apply(x, readout, bias, targets, weights)
+    return _CrossEntropy.apply(x, readout, bias, targets, weights, loops)
 
 
 def low_rank_cross_entropy(
-    z: Tensor, readout: Tensor, scale: Tensor | None, bias: Tensor, frozen: Frozen, targets: Tensor, weights: Tensor
+    z: Tensor,
+    readout: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    frozen: Frozen,
+    targets: Tensor,
+    weights: Tensor,
+    loops: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The same of the logits scale (frozen + z readout) + bias, differentiable by z, readout and scale.
 
@@ -53,7 +63,7 @@ def low_rank_cross_entropy(
         bias: Float[class], which does not move.
     """
     scale = z.new_ones(z.shape[:2]) if scale is None else scale
-    return _LowRank.apply(z, readout, scale, bias, frozen, targets, weights)
+    return _LowRank.apply(z, readout, scale, bias, frozen, targets, weights, loops)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -61,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, weights: Tensor
+        ctx: Any, x: Tensor, readout: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, loops: bool
     ) -> tuple[Tensor, Tensor]:
         shape, n_classes = x.shape, readout.shape[-1]
         moving = len(readout) > 1, len(bias) > 1
@@ -81,7 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
                 own = x[replica, rows]
                 grad = torch.mm(own, matrix, out=buffer[: len(own) * n_classes].view(len(own), n_classes))
                 target, each = (part[replica % n_chains, rows] for part in (targets, weights))
-                nats[replica, rows], _ = _softmax(grad, same[rows], offset, target, each)
+                nats[replica, rows], _ = _softmax(grad, same[rows], offset, target, each, loops)
                 if not any(ctx.needs_input_grad[:3]):
                     continue
                 torch.mm(grad, matrix.T, out=dx[replica, rows])
@@ -96,7 +106,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None
+        return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None, None
 
 
 class _LowRank(torch.autograd.Function):
@@ -112,6 +122,7 @@ class _LowRank(torch.autograd.Function):
         frozen: Frozen,
         targets: Tensor,
         weights: Tensor,
+        loops: bool,
     ) -> tuple[Tensor, Tensor]:
         n_chains, n_rows = targets.shape
         n_classes, rank = readout.shape[-1], z.shape[-1]
@@ -133,7 +144,8 @@ class _LowRank(torch.autograd.Function):
                     shape = (*own.shape[:2], n_classes)
                     grad = torch.baddbmm(shared, own, matrix, out=buffer[: math.prod(shape)].view(shape))
                     target = targets[chain, rows].expand(shape[:2])
-                    nats[who, chain, rows], along = _softmax(grad, by, bias[0], target, weights[chain, rows] * by)
+                    factor = weights[chain, rows] * by
+                    nats[who, chain, rows], along = _softmax(grad, by, bias[0], target, factor, loops)
                     if not any(ctx.needs_input_grad[:3]):
                         continue
                     dz[who, chain, rows] = torch.bmm(grad, matrix[:, :rank].transpose(1, 2))
@@ -146,16 +158,18 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None, None, None
+        return *(_times(gradient, dtotal) for gradient in ctx.gradients), None, None, None, None, None
 
 
-def _softmax(logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(
+    logits: Tensor, scale: Tensor, bias: Tensor, target: Tensor, factor: Tensor, loops: bool
+) -> tuple[Tensor, Tensor]:
     """(nats, their derivative by scale), both Float[..., row], of the logits y = scale x + bias.
 
     `logits`, Float[..., row, class] and contiguous, holds x, and factor (softmax(y) - onehot(target)) afterwards.
     """
-    if serves(logits):
-        others, away, along = (torch.empty(target.shape) for _ in range(3))
+    if loops and serves(logits):
+        others, away, along = (logits.new_empty(target.shape) for _ in range(3))
         given = (
             logits,
             scale.contiguous(),

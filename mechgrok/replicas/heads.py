@@ -89,8 +89,9 @@ class LayerHeads(Blockwise):
         heads: Sequence[int],
         memory: float,
         precision: Precision = "float32",
+        loops: bool = True,
     ):
-        super().__init__(model, examples, memory)
+        super().__init__(model, examples, memory, loops)
         self._layer, self._heads = layer, list(heads)
         own = {
             part: model.get_parameter(f"blocks.{layer}.attn.{part}").detach()[self._heads] for part in HEAD_PARAMETERS
@@ -164,11 +165,12 @@ class LayerHeads(Blockwise):
         if self._before_readout is not None:
             scale = (self._square(z, out, given) / net.cfg.d_model + norm.eps).rsqrt() if norm.scaled else None
             still = Frozen(given.resid, readout[0], given.z.flatten(0, 1), self._before_readout)
-            return low_rank_cross_entropy(z, torch.matmul(out, readout), scale, bias, still, targets, weights)
+            readouts = torch.matmul(out, readout)
+            return low_rank_cross_entropy(z, readouts, scale, bias, still, targets, weights, net.loops)
         resid = net.mlp(layer, torch.baddbmm(self._others(given).flatten(0, 1), z, out), frozen)
         for later in range(layer + 1, net.cfg.n_layers):
             resid = net.layer(later, resid, frozen)
-        return cross_entropy(norm(resid), readout, bias, targets, weights)
+        return cross_entropy(norm(resid), readout, bias, targets, weights, net.loops)
 
     def _differentiated(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if self._compiled is None:

@@ -16,6 +16,7 @@ from transformer_lens.components import LayerNorm, LayerNormPre
 from transformer_lens.components.abstract_attention import AbstractAttention
 
 from mechgrok.loops.kept import serves
+from mechgrok.plain import why_not_plain
 from mechgrok.replicas.attention import attend
 from mechgrok.types import Examples
 
@@ -23,16 +24,19 @@ NEARLY_ALL = 0.9  # of the positions scored: the rest cost less than queries of 
 Parameters = Mapping[str, Tensor]  # full name -> Float[replica or 1, ...]
 
 PLAIN = {
-    "use_attn_in": False, "use_split_qkv_input": False, "use_hook_mlp_in": False, "parallel_attn_mlp": False,
-    "use_normalization_before_and_after": False, "use_qk_norm": False, "use_attention_sinks": False,
-    "use_logn_attn": False, "use_local_attn": False, "use_dynamic_ntk_rope": False, "post_embedding_ln": False,
-    "gated_mlp": False, "num_experts": None, "clip_qkv": None, "n_key_value_heads": None, "load_in_4bit": False,
-    "output_logits_soft_cap": -1.0, "attn_scores_soft_cap": -1.0,
+    "parallel_attn_mlp": False, "use_normalization_before_and_after": False, "use_qk_norm": False,
+    "use_attention_sinks": False, "use_logn_attn": False, "use_local_attn": False, "use_dynamic_ntk_rope": False,
+    "post_embedding_ln": False, "gated_mlp": False, "num_experts": None, "clip_qkv": None, "n_key_value_heads": None,
+    "load_in_4bit": False, "output_logits_soft_cap": -1.0, "attn_scores_soft_cap": -1.0,
 }  # fmt: skip
 
 
 def why_not(model: HookedTransformer) -> str | None:
-    """What in this model's architecture is not computed here, or None if all of it is."""
+    """What in this model is not computed here, or None if all of it is: of its `cfg`, or besides (`mechgrok.plain`).
+
+    Flags that only expose activations to hooks (`use_attn_result`, `use_split_qkv_input`, `use_attn_in`,
+    `use_hook_mlp_in`) change nothing, as there are no hooks.
+    """
     cfg = model.cfg
     for name, plain in PLAIN.items():
         if (value := getattr(cfg, name, plain)) != plain:
@@ -41,13 +45,13 @@ def why_not(model: HookedTransformer) -> str | None:
         return f"positional_embedding_type = {cfg.positional_embedding_type!r}"
     if cfg.is_layer_norm_activation():
         return f"act_fn = {cfg.act_fn!r}"
-    if cfg.dtype not in (torch.float32, torch.float64):
-        return f"dtype = {cfg.dtype}"
+    if wrong := {own.dtype for own in model.parameters()} - {model.W_E.dtype} | {cfg.dtype} - {model.W_E.dtype}:
+        return f"dtype = {min(map(str, wrong))} beside {model.W_E.dtype}"
     if str(cfg.original_architecture).startswith("Olmo"):  # norms at other places
         return f"original_architecture = {cfg.original_architecture!r}"
     if model.tokenizer is not None and model.tokenizer.padding_side == "left":  # masks of its own
         return "a tokenizer that pads on the left"
-    return None
+    return why_not_plain(model)
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,12 @@ class Reads:
 
 
 class Network:
-    """The layers of one model on sequences whose losses are scored at some positions only."""
+    """The layers of one model on sequences whose losses are scored at some positions only.
 
-    def __init__(self, model: HookedTransformer, examples: Examples):
+    loops: whether compiled loops are used where they take the model's numbers, or torch's operations alone.
+    """
+
+    def __init__(self, model: HookedTransformer, examples: Examples, loops: bool = True):
         self.model, self.cfg = model, model.cfg
         self.n_pos = examples.tokens.shape[1]
         self.every = torch.arange(self.n_pos, device=examples.tokens.device)
@@ -115,7 +122,8 @@ class Network:
         self.scored = self.every if len(scored) > NEARLY_ALL * self.n_pos else scored
         self.frozen: Parameters = {name: value.detach()[None] for name, value in model.named_parameters()}
         self._modules = dict(model.named_modules())
-        self.keeps_patterns = not serves(self.frozen["embed.W_E"]) or self.cfg.positional_embedding_type == "alibi"
+        self.loops = loops and serves(self.frozen["embed.W_E"])
+        self.keeps_patterns = not self.loops or self.cfg.positional_embedding_type == "alibi"
         self._frozen_qkv: dict[int, Reads] = {}
 
     def queries(self, layer: int) -> Tensor:
@@ -156,7 +164,7 @@ class Network:
         if self.cfg.positional_embedding_type == "rotary":
             q = None if q is None else self._rotate(q, layer, self.queries(layer))
             rest = torch.cat([self._rotate(rest[:, :, :-1], layer, self.every), rest[:, :, -1:]], dim=2)
-        z = attend(q, rest, self.n_keys(layer), self.scale(layer), self._bias(layer, which, rest), apart)
+        z = attend(q, rest, self.n_keys(layer), self.scale(layer), self._bias(layer, which, rest), apart, self.loops)
         if apart:
             return z.unflatten(1, (len(rows), -1)).flatten(2, 3)
         return z.flatten(2).unflatten(0, (len(rows), -1)).flatten(1, 2)

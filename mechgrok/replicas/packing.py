@@ -51,7 +51,7 @@ class Layout:
 
     def pack(self, linears: Sequence[Linear]) -> Tensor:
         """The array: all weights of these, laid out as the loops take them, but for what the passes make."""
-        packed, room = torch.empty(self.size + WIDTH), np.zeros(WIDTH * PANEL, np.float32)
+        packed, room = torch.empty(self.size + WIDTH, dtype=torch.float32), np.zeros(WIDTH * PANEL, np.float32)
         for linear, place in zip(linears, self.places, strict=True):
             weight = _of_each(linear.weight, self.n)
             for name in ("weight", "turned"):

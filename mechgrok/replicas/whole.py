@@ -42,8 +42,9 @@ class NetworkPotential(Blockwise):
         component: Component,
         memory: float,
         precision: Precision = "float32",
+        loops: bool = True,
     ):
-        super().__init__(model, examples, memory)
+        super().__init__(model, examples, memory, loops)
         own = {name: value.detach() for name, value in model.named_parameters()}
         self.anchor = extract(component, own)
         self._moved = tuple(component.masks)
@@ -100,7 +101,8 @@ class NetworkPotential(Blockwise):
             return still.passes(each, readout, resid, len(theta), targets, weights, begun)
         for layer in layers:
             resid = net.layer(layer, resid, parameters)
-        return cross_entropy(net.norm("ln_final", parameters)(resid), *net.readout(parameters), targets, weights)
+        read = net.norm("ln_final", parameters)(resid)
+        return cross_entropy(read, *net.readout(parameters), targets, weights, net.loops)
 
     @torch.no_grad()
     def _run(self, index: Tensor) -> Tensor:

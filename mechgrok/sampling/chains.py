@@ -63,6 +63,7 @@ def sample(
     names: Sequence[seeds.Name],
     members: Sequence[seeds.Name] = ("model",),
     observe: Callable[[Tensor], Tensor] | None = None,
+    loops: bool = False,
 ) -> Draws:
     """Draw from exp(-nbeta L(theta) - localization / 2 |theta - anchor|^2), starting at the anchor.
 
@@ -76,6 +77,7 @@ def sample(
         members: names of the potential's members; in chain c each draws from (seed, *names, member, "noise", c)
             and, for mala, (seed, *names, member, "accept", c).
         observe: called with the weights of every draw, Float[chain, param]; costs the chains nothing else.
+        loops: noise and steps by compiled loops, where they take the numbers: the same up to rounding.
     """
     sampler = SAMPLERS[config.sampler]
     n_examples, n_params = potential.n_examples, potential.anchor.shape[-1]
@@ -89,7 +91,7 @@ def sample(
         each = product(members, range(config.n_chains))
         return [seeds.stream(seed, *names, member, what, chain, device=device) for member, chain in each]
 
-    normal, coins = Normals(streams("noise"), n_params, anchor), streams("accept")
+    normal, coins = Normals(streams("noise"), n_params, anchor, loops), streams("accept")
     batches = [seeds.stream(seed, *names, "batch", chain, device=device) for chain in range(config.n_chains)]
 
     everything = torch.arange(n_examples, device=device).expand(config.n_chains, -1)
@@ -98,7 +100,7 @@ def sample(
     accepted = torch.zeros(len(anchor), dtype=torch.float64, device=device)
     indices, observed = [], []
     theta = anchor.clone()
-    state = sampler.start(theta, normal, config)
+    state, advance = sampler.start(theta, normal, config), sampler.step_of(theta, loops)
     point: _Point | None = None
     for step in range(config.n_burnin + config.n_draws):
         index = everything
@@ -117,7 +119,7 @@ def sample(
             indices.append(index)
             if observe is not None:
                 observed.append(observe(point.theta))
-        state = sampler.step(state, point.slope, normal(), config)
+        state = advance(state, point.slope, normal(), config)
     losses = losses.cpu()
     diverged = (~losses.isfinite()).cummax(1).values
     n_proposals = config.n_burnin + config.n_draws - 1

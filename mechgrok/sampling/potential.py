@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
+from mechgrok.reproducible import differentiable
 from mechgrok.types import Component
 
 LossFn = Callable[..., Tensor]  # (module, *batch) -> loss per example [batch]
@@ -36,41 +37,84 @@ class Potential(Protocol):
 
 
 class ModulePotential:
-    """Any module and loss, by functional_call under vmap: parameters outside the component are constants."""
+    """Any module and loss, as they are, by functional_call: parameters outside the component are constants.
 
-    def __init__(self, module: torch.nn.Module, loss_fn: LossFn, tensors: Sequence[Tensor], component: Component):
+    Args:
+        together: all replicas at once, under vmap; otherwise one after another, which takes any forward.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loss_fn: LossFn,
+        tensors: Sequence[Tensor],
+        component: Component,
+        together: bool = True,
+    ):
         self.n_examples = len(tensors[0])
         self._tensors = tuple(tensors)
         frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self.anchor = extract(component, frozen)
-        inside = _Loss(module, loss_fn)
-        self._inside, self._frozen = inside, frozen
+        self._inside, self._frozen, self._places = _Loss(module, loss_fn), frozen, _places(module)
         insert_component = inserter(component, frozen)
 
         def mean_and_losses(theta: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
-            parameters = {f"module.{name}": value for name, value in insert_component(theta).items()}
-            losses = functional_call(inside, parameters, batch)
+            losses = self._at(insert_component(theta), batch)
             return losses.mean(), losses
 
+        self._alone, self._together = mean_and_losses, together
         self._both = vmap(grad_and_value(mean_and_losses, has_aux=True), randomness="error")
         self._losses = vmap(lambda theta, *batch: mean_and_losses(theta, *batch)[1], randomness="error")
 
     def has_gradient(self) -> bool:
         """Whether torch can follow the losses back to any of the module's parameters."""
-        with torch.enable_grad():
+        with differentiable():
             own = {
-                f"module.{name}": value.clone().requires_grad_(value.is_floating_point())
-                for name, value in self._frozen.items()
+                name: value.clone().requires_grad_(value.is_floating_point()) for name, value in self._frozen.items()
             }
-            return functional_call(self._inside, own, tuple(one[:1] for one in self._tensors)).requires_grad
+            return self._at(own, tuple(one[:1] for one in self._tensors)).requires_grad
 
+    def _at(self, parameters: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        """The losses with these parameters in the place, or the places, of the module's own."""
+        given = {place: value for name, value in parameters.items() for place in self._places[name]}
+        return functional_call(self._inside, given, batch, tie_weights=False)
+
+    @differentiable()
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
-        return losses, gradient
+        if self._together:
+            gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
+            return losses, gradient
+        each = [self._one(*pair) for pair in zip(theta, index, strict=True)]
+        return torch.stack([losses for losses, _ in each]), torch.stack([gradient for _, gradient in each])
 
     @torch.no_grad()
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
-        return self._losses(theta, *(tensor[index] for tensor in self._tensors))
+        if self._together:
+            return self._losses(theta, *(tensor[index] for tensor in self._tensors))
+        batches = ((tensor[rows] for tensor in self._tensors) for rows in index)
+        return torch.stack([self._alone(own, *batch)[1] for own, batch in zip(theta, batches, strict=True)])
+
+    def _one(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and gradient of one replica."""
+        leaf = theta.detach().requires_grad_()
+        mean, losses = self._alone(leaf, *(tensor[rows] for tensor in self._tensors))
+        (gradient,) = torch.autograd.grad(mean, leaf, materialize_grads=True)
+        return losses.detach(), gradient
+
+
+def _places(module: torch.nn.Module) -> dict[str, list[str]]:
+    """Where each parameter is to be put: once for each module that holds it.
+
+    torch's own `tie_weights` puts a value once for each name, and loses the module's own parameter where one module has
+    two names.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    places: dict[str, list[str]] = {name: [] for name in names.values()}
+    for prefix, part in module.named_modules():  # each module once
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                places[names[id(parameter)]].append(".".join(filter(None, ("module", prefix, key))))
+    return places
 
 
 class _Loss(torch.nn.Module):

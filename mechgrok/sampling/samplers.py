@@ -45,12 +45,18 @@ class Sampler:
     sgld's variance is then within 5 % of the target's, and those without a bias on quadratics stay well
     below the limit of 4.
     metropolis: proposals are accepted or rejected, which needs exact losses and gradients.
+    looped: the same step by one compiled loop, for numbers that such loops take.
     """
 
     start: Callable[[Tensor, Normal, LLCConfig], State]
     step: Callable[[State, Slope, Tensor, LLCConfig], State]
     stiffness: Callable[[LLCConfig], float]
     metropolis: bool = False
+    looped: Callable[[State, Slope, Tensor, LLCConfig], State] | None = None
+
+    def step_of(self, theta: Tensor, loops: bool) -> Callable[[State, Slope, Tensor, LLCConfig], State]:
+        """The step for weights such as these; loops: whether compiled ones are wanted."""
+        return self.looped if self.looped is not None and loops and serves(theta) else self.step
 
 
 def _at_rest(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
@@ -58,9 +64,11 @@ def _at_rest(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
 
 
 def _sgld(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
-    if serves(noise):
-        return State(steps.sgld(state.theta, *slope, noise, config))
     return State(kernels.sgld(state.theta, slope.force(state.theta, config), noise, step_size=config.step_size))
+
+
+def _sgld_loop(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    return State(steps.sgld(state.theta, *slope, noise, config))
 
 
 def _no_second_moment(theta: Tensor, normal: Normal, config: LLCConfig) -> State:
@@ -96,9 +104,6 @@ def _sgnht(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> Stat
 
 def _baoab(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
     (velocity,) = state.carried
-    if serves(noise):
-        theta, velocity = steps.baoab(state.theta, velocity, *slope, noise, config)
-        return State(theta, (velocity,))
     force = slope.force(state.theta, config)
     theta, velocity = kernels.baoab(
         state.theta, velocity, force, noise, step_size=config.step_size, momentum=config.momentum
@@ -106,11 +111,17 @@ def _baoab(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> Stat
     return State(theta, (velocity,))
 
 
+def _baoab_loop(state: State, slope: Slope, noise: Tensor, config: LLCConfig) -> State:
+    (velocity,) = state.carried
+    theta, velocity = steps.baoab(state.theta, velocity, *slope, noise, config)
+    return State(theta, (velocity,))
+
+
 SAMPLERS: dict[SamplerName, Sampler] = {
-    "sgld": Sampler(_at_rest, _sgld, lambda config: 0.2),
+    "sgld": Sampler(_at_rest, _sgld, lambda config: 0.2, looped=_sgld_loop),
     # The preconditioner is at most 1 / stability.
     "rmsprop_sgld": Sampler(_no_second_moment, _rmsprop_sgld, lambda config: 0.2 * config.rmsprop_stability),
     "sgnht": Sampler(_moving_with_thermostat, _sgnht, lambda config: 1.0),
-    "baoab": Sampler(_moving, _baoab, lambda config: 1.0),
-    "mala": Sampler(_at_rest, _sgld, lambda config: 0.2, metropolis=True),
+    "baoab": Sampler(_moving, _baoab, lambda config: 1.0, looped=_baoab_loop),
+    "mala": Sampler(_at_rest, _sgld, lambda config: 0.2, metropolis=True, looped=_sgld_loop),
 }
