@@ -15,6 +15,7 @@ from joblib import cpu_count
 
 from mechgrok import seeds
 from mechgrok.calibration import Calibration, calibration_record
+from mechgrok.compiling import compile_ahead, worth_compiling
 from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
 from mechgrok.errors import ConfigError, RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
@@ -65,7 +66,9 @@ def run(
     split, names = _checked(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():
-        with alongside(references(directory, split), n_workers or cpu_count()):
+        with alongside(
+            [*references(directory, split), *loops_ahead(directory, split, names)], n_workers or cpu_count()
+        ):
             trajectory = _trained(directory, split, progress)
         split = with_reference(directory, split, train)
         curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
@@ -239,6 +242,16 @@ def references(directory: RunDirectory, split: Split) -> list[Callable[[], None]
     return [partial(_train, own, split)] if free else []
 
 
+def loops_ahead(directory: RunDirectory, split: Split, names: Sequence[str]) -> list[Callable[[], None]]:
+    """What compiles the loops of the estimates, to be called by another process while this one trains."""
+    config, how = directory.config, directory.config.train
+    plan = plan_units(config, names, split, planned_steps(how))
+    ready = isinstance(how, ImportedConfig) or all(directory.has_checkpoint(step) for step in planned_steps(how))
+    if ready or cpu_count() < 2 or not worth_compiling(config, split, plan):
+        return []
+    return [partial(compile_ahead, config, split, plan)]
+
+
 def _trained(directory: RunDirectory, split: Split, progress: Progress) -> Trajectory:
     """The trajectory, with a note of what makes the rest of it."""
     if not all(directory.has_checkpoint(step) for step in planned_steps(directory.config.train)):
@@ -283,11 +296,12 @@ def follow(
     if sum(map(len, found.values())) < total:
         directory.note_maker("sampling")
     n_workers = n_workers or max(1, cpu_count() // config.llc.n_threads)
+    loops = worth_compiling(config, split, plan)
     for data, units in plan.items():
         missing = with_company(trajectory, units, [unit for unit in units if unit not in found[data]])
         examples = split.distributions[data] if data else sampled_examples(config, split)
         seed = seeds.derive(config.seed, "refined", data) if data else config.seed
-        work = estimate_units(trajectory, examples, missing, seed, n_workers, config.llc.n_threads, scheduler)
+        work = estimate_units(trajectory, examples, missing, seed, n_workers, config.llc.n_threads, scheduler, loops)
         for unit, estimate in work:
             directory.write_estimate(unit[0], estimate, data)
             found[data][unit] = estimate

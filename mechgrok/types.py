@@ -112,8 +112,8 @@ class Split:
         """The split with the first n rows of each kind of data."""
         others = {name: examples.first(n) for name, examples in self.distributions.items()}
         kinds, floors = (None if known is None else known[:n] for known in (self.kinds, self.floors))
-        parts = {"train": self.train.first(n), "test": self.test.first(n), "distributions": others}
-        return replace(self, **parts, kinds=kinds, floors=floors)
+        train, test = self.train.first(n), self.test.first(n)
+        return replace(self, train=train, test=test, distributions=others, kinds=kinds, floors=floors)
 
 
 @dataclass(frozen=True)

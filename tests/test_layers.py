@@ -15,7 +15,7 @@ LAYERS = [
     {"sampling"},
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
-    {"plan"},
+    {"plan", "compiling"},
     {"pipeline"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

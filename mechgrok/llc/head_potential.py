@@ -10,7 +10,7 @@ from mechgrok.hooked_heads import heads_at
 from mechgrok.model import example_losses, scored_logits
 from mechgrok.plain import why_not_plain
 from mechgrok.reproducible import differentiable
-from mechgrok.sampling.potential import extract, inserter
+from mechgrok.sampling.potential import extract, inserter, leaf_of
 from mechgrok.types import Component, Examples
 
 
@@ -45,7 +45,7 @@ class HeadPotential:
 
     @differentiable()
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = theta.detach().requires_grad_()
+        leaf = leaf_of(theta)
         losses = self._evaluate(leaf, index)
         gradient = torch.autograd.grad(losses.sum() / index.shape[1], leaf)[0]
         return losses.detach(), gradient

@@ -1,7 +1,9 @@
 """How loops are compiled, where the result is kept, and which numbers they take."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,15 @@ def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
     return kept
 
 
+@cache
+def _say_that_it_takes_time() -> None:
+    """Once a process, on stderr, as nobody waits a minute for nothing."""
+    sys.stderr.write(
+        "mechgrok: compiling loops for this processor; this takes 20 to 100 seconds of one core, and is kept "
+        '(LLCConfig(path="torch") does without)\n'
+    )
+
+
 class _Overloads(NullCache):
     """What is kept of one loop: a cache of numba's for each signature, processor and version, in a folder of its own.
 
@@ -71,13 +82,16 @@ class _Overloads(NullCache):
         self._loop, self._place = loop, place
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        cache = self._of(signature, target.codegen())
+        kept = self._of(signature, target.codegen())
         try:
-            return cache.load_overload(signature, target)
+            found = kept.load_overload(signature, target)
         except Exception:  # whatever is wrong with what lies there, it is compiled anew
             with suppress(OSError):
-                cache.flush()
-            return None
+                kept.flush()
+            found = None
+        if found is None:
+            _say_that_it_takes_time()
+        return found
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         with suppress(OSError):  # a full disk costs the next process the time of compiling, nothing else

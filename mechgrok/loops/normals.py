@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from torch import Tensor
 
+from mechgrok.loops.entry import holds
 from mechgrok.loops.kept import OPTIONS, keeper, serves
 from mechgrok.loops.lanes import FLOATS, INTS, WIDTH, address, call, constant, fma, is_first, operation
 
@@ -49,6 +50,8 @@ class Normals:
         """The next n numbers of each: Float[generator, n]."""
         if self._own:
             drawn = torch.empty(len(self._generators), self._n, dtype=torch.float32)
+            n = len(drawn)
+            holds("fill", words=(self._words, n * (2 * WORDS + 2 * WIDTH)), at=(self._at, n), out=(drawn, n * WIDTH))
             _fill(self._words, self._at, drawn.numpy())
             return drawn
         dtype, device = self._like.dtype, self._like.device

@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from mechgrok.config import LLCConfig
+from mechgrok.loops.entry import holds
 from mechgrok.loops.kept import OPTIONS, flat, keeper
 from mechgrok.loops.lanes import WIDTH, load, minus, number, plus, spread, store, times
 
@@ -18,6 +19,8 @@ ZERO = number(0)
 def sgld(theta: Tensor, grad: Tensor, anchor: Tensor, noise: Tensor, config: LLCConfig) -> Tensor:
     """`kernels.sgld` with the force nbeta grad + localization (theta - anchor); all are Float[replica, param]."""
     moved, by = torch.empty_like(theta), 0.5 * config.step_size
+    n = theta.numel()
+    holds("sgld", grad=(grad, n), anchor=(anchor, n), noise=(noise, n))
     factors = (by * config.nbeta, by * config.localization, config.step_size**0.5)
     _sgld(*flat(theta, grad, anchor, noise), *map(number, factors), *flat(moved))
     return moved
@@ -27,7 +30,9 @@ def baoab(
     theta: Tensor, velocity: Tensor, grad: Tensor, anchor: Tensor, noise: Tensor, config: LLCConfig
 ) -> tuple[Tensor, Tensor]:
     """`kernels.baoab`, (theta', velocity'), with that force."""
-    moved, changed, h = torch.empty_like(theta), torch.empty_like(velocity), config.step_size**0.5
+    moved, changed, h = torch.empty_like(theta), torch.empty_like(theta), config.step_size**0.5
+    n = theta.numel()
+    holds("baoab", velocity=(velocity, n), grad=(grad, n), anchor=(anchor, n), noise=(noise, n))
     wide = (1 - config.momentum**2) ** 0.5
     factors = (h * config.nbeta, h * config.localization, 0.5 * h, config.momentum, wide)
     _baoab(*flat(theta, velocity, grad, anchor, noise), *map(number, factors), *flat(moved, changed))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechgrok.loops.entry import LoopError, below, holds
 from mechgrok.loops.kept import serves
 from mechgrok.replicas import fused
 from mechgrok.reproducible import without_denormals
@@ -61,6 +62,7 @@ class _Fused(torch.autograd.Function):
         ctx.given = _arguments(q, rest, n_keys, scale, sums)
         ctx.strides = (z.stride(1), z.stride(0), z.stride(2)) if apart else (z.stride(0), z.stride(2), z.stride(1))
         ctx.save_for_backward(q, rest)
+        _check(q, rest, n_keys, z)
         with without_denormals():
             fused.attention(*ctx.given, _flat(z), ctx.strides)
         return z
@@ -70,10 +72,22 @@ class _Fused(torch.autograd.Function):
         q, rest = ctx.saved_tensors
         dq, drest = None if q is None else torch.empty_like(q), torch.empty_like(rest)
         gradients = _flat(drest if dq is None else dq), _flat(drest)
+        n_keys = torch.from_numpy(ctx.given[6])
+        _check(q, rest, n_keys, dz)
         dscores = _flat(rest.new_empty(rest.shape[1] * fused.WIDTH))
         with without_denormals():
             fused.attention_backward(*ctx.given, _flat(dz.contiguous()), ctx.strides, dscores, *gradients)
         return dq, drest, None, None, None
+
+
+def _check(q: Tensor | None, rest: Tensor, n_keys: Tensor, z: Tensor) -> None:
+    """Of what `fused.attention` indexes, all that the caller has made."""
+    n_examples, n_pos, n_parts, n_heads, d_head = rest.shape
+    width = n_examples * n_heads * d_head
+    holds("attention", z=(z, width * len(n_keys)), q=(rest if q is None else q, width * len(n_keys)))
+    if n_parts != (3 if q is None else 2):
+        raise LoopError(f"attention: {n_parts} parts beside {'no ' if q is None else ''}q of its own")
+    below("attention", n_keys=(n_keys - 1, n_pos), more_keys=(n_keys.diff(), n_pos))
 
 
 def _arguments(q: Tensor | None, rest: Tensor, n_keys: Tensor, scale: float, sums: Tensor) -> tuple[Any, ...]:

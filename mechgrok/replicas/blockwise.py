@@ -9,6 +9,7 @@ from transformer_lens import HookedTransformer
 
 from mechgrok.replicas.network import Network
 from mechgrok.reproducible import differentiable
+from mechgrok.sampling.potential import leaf_of
 from mechgrok.types import Examples
 
 AT_ONCE = 64  # examples that the frozen part of the model is run on at once
@@ -80,7 +81,7 @@ class Blockwise(ABC):
 
     def _differentiated(self, theta: Tensor, index: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(nats, the gradient by theta of their sum with these weights)."""
-        leaf = theta.detach().requires_grad_()
+        leaf = leaf_of(theta)
         nats, total = self._nats(leaf, index, targets, weights)
         (gradient,) = torch.autograd.grad(total, leaf, torch.ones_like(total))
         return nats, gradient

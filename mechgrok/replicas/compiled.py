@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import Precision
+from mechgrok.loops.entry import below, holds
 from mechgrok.loops.kept import flat
 from mechgrok.loops.lanes import HAS_AMX, HAS_VNNI
 from mechgrok.replicas import passes
@@ -16,6 +17,7 @@ from mechgrok.replicas.distinct import Beginnings
 from mechgrok.replicas.network import Network, Parameters
 from mechgrok.replicas.packing import Layout, Linear
 from mechgrok.replicas.plan import ROWS, Plan, make_plan, most_distinct
+from mechgrok.replicas.products import padded
 from mechgrok.reproducible import without_denormals
 
 LARGEST = 2**22  # numbers that a block may have of one kind: more would not stay in a processor's last cache
@@ -128,6 +130,7 @@ class Passes:
             nothing if heads is None or heads.kept is None else heads.kept, none if heads is None else heads.index,
             call.targets, call.weights, self._room_of(plan.room), others, away, gradients,
         )  # fmt: skip
+        _check(call, plan, wanted, still, own, gradients, dresid)
         with without_denormals():
             passes.run(plan.record_of(begun), plan.layers, *flat(*tensors), dresid.view(-1).numpy())
         parts = zip(gradients.split(plan.sizes) if plan.sizes else (), plan.shapes, strict=False)
@@ -155,6 +158,47 @@ class Passes:
         if len(self._room) < size:
             self._room = torch.zeros(size, dtype=torch.float32)
         return self._room
+
+
+def _check(
+    call: Call, plan: Plan, wanted: Sequence[bool], still: Tensor, own: Tensor, gradients: Tensor, dresid: Tensor
+) -> None:
+    """Of what `passes.run` indexes, all that a call brings; see there for the shapes."""
+    heads, begun, record, p = call.heads, call.begun, plan.record, "passes"
+    n_chains, n_replicas, d_model = len(call.targets), call.n_replicas, int(record["d_model"])
+    n_examples, n_pos, n_scored = (int(record[name]) for name in ("n_examples", "n_pos", "n_scored"))
+    given, some = heads is not None, bool(call.layers) and call.layers[0].q is not None
+    first_rows = n_scored if not call.layers or (given and some) else n_pos
+    holds(p, still=(still, plan.still.size), own=(own, plan.own.size), gradients=(gradients, sum(plan.sizes)))
+    scored = n_chains * n_examples * n_scored
+    holds(p, targets=(call.targets, scored), weights=(call.weights, scored))
+    below(p, targets=(call.targets, int(record["n_classes"])))
+    if begun is not None:
+        n = begun.rows.shape[1]
+        rows = heads.normalized if heads is not None else call.resid
+        holds(p, which=(begun.which, n_chains * n_examples * n_pos))
+        holds(p, distinct=(rows, (n_chains if given else n_replicas) * n * d_model))
+        below(p, which=(begun.which, n))
+    if heads is not None:
+        n_kept = heads.n_kept()
+        holds(p, index=(heads.index, n_chains * n_examples))
+        below(p, index=(heads.index, n_kept))
+        if begun is None:
+            holds(p, normalized=(heads.normalized, n_kept * n_pos * d_model))
+        if isinstance(heads, Heads):
+            n_rows, n_members = n_kept * first_rows, n_replicas // n_chains
+            holds(p, z=(heads.z, n_members * n_rows * call.layers[0].out.weight.shape[1]))
+            holds(p, resid=(call.resid, n_rows * d_model))
+            if heads.kept is not None:
+                holds(p, kept=(heads.kept, n_kept * n_scored * padded(int(record["n_classes"]))))
+        else:
+            width = padded(heads.read.weight.shape[2]) + padded(int(record["n_classes"]))
+            holds(p, kept=(heads.kept, n_replicas // n_chains * n_kept * n_scored * width))
+    elif begun is None:
+        holds(p, resid=(call.resid, n_chains * n_examples * first_rows * d_model))
+    if any(wanted) and not given and (wanted[0] or begun is not None):  # a distinct row's gradient is always written
+        rows_back = begun.rows.shape[1] if begun is not None else n_examples * first_rows
+        holds(p, dresid=(dresid, n_replicas * rows_back * d_model))
 
 
 class _Run(torch.autograd.Function):

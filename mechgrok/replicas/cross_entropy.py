@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechgrok.loops.entry import below, holds
 from mechgrok.loops.kept import serves
 from mechgrok.replicas import fused
 from mechgrok.reproducible import without_denormals
@@ -180,6 +181,9 @@ def _softmax(
             away,
             along,
         )
+        n_rows, n_classes = target.numel(), bias.numel()
+        holds("softmax", scale=(scale, n_rows), factor=(factor, n_rows), logits=(logits, n_rows * n_classes))
+        below("softmax", target=(target, n_classes))
         with without_denormals():
             fused.softmax(*(part.detach().view(-1).numpy() for part in given))
     else:

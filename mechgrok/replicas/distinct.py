@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechgrok.loops.entry import below, holds
 from mechgrok.replicas.fused import kept
 from mechgrok.replicas.network import Network, Parameters, rows_of
 
@@ -46,6 +47,9 @@ class Distinct:
             return None
         numbers = self._numbers[index].flatten(1)
         rows, which = numbers.new_empty(len(index), len(self._what)), torch.empty_like(numbers)
+        n_kinds = len(self._what)
+        below("distinct", numbers=(numbers, n_kinds))
+        holds("distinct", asks=(self._asks, n_kinds), place=(self._place, n_kinds))
         n, asking = _distinct(*(each.numpy() for each in (numbers, self._asks, self._place, rows, which)))
         return None if n > ALIKE * numbers.shape[1] else Beginnings(rows[:, :n].contiguous(), which, asking)
 

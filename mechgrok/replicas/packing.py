@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechgrok.loops.entry import holds
 from mechgrok.loops.lanes import WIDTH, load, pairs, plus, spread, store, times, turn
 from mechgrok.replicas.fused import kept
 from mechgrok.replicas.pairs import PANEL, other_of, pairs_of, rows_laid_out, rows_of_pairs, scale_of
@@ -57,6 +58,10 @@ class Layout:
             for name in ("weight", "turned"):
                 if name in place:
                     numbers, apart = _flat(weight)
+                    n_in, n_out = weight.shape[1:] if name == "weight" else weight.shape[:0:-1]
+                    size = len(weight) * rows_laid_out(n_in, self.half) * padded(n_out)
+                    needed = (len(weight) - 1) * apart + n_in * n_out
+                    holds("lay_out", matrices=(numbers, needed), out=(packed[place[name] :], size))
                     lay_out(
                         numbers.numpy(), len(weight), apart, *weight.shape[1:], name == "turned", self.half, room,
                         packed[place[name] :].numpy(),

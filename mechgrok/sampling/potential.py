@@ -82,7 +82,7 @@ class ModulePotential:
     @differentiable()
     def losses_and_grad(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         if self._together:
-            gradient, (_, losses) = self._both(theta, *(tensor[index] for tensor in self._tensors))
+            gradient, (_, losses) = self._both(leaf_of(theta).detach(), *(tensor[index] for tensor in self._tensors))
             return losses, gradient
         each = [self._one(*pair) for pair in zip(theta, index, strict=True)]
         return torch.stack([losses for losses, _ in each]), torch.stack([gradient for _, gradient in each])
@@ -96,10 +96,16 @@ class ModulePotential:
 
     def _one(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and gradient of one replica."""
-        leaf = theta.detach().requires_grad_()
+        leaf = leaf_of(theta)
         mean, losses = self._alone(leaf, *(tensor[rows] for tensor in self._tensors))
         (gradient,) = torch.autograd.grad(mean, leaf, materialize_grads=True)
         return losses.detach(), gradient
+
+
+def leaf_of(theta: Tensor) -> Tensor:
+    """The same numbers as something to be differentiated by; copied if torch takes no gradient by them."""
+    theta = theta.detach()
+    return (theta.clone() if theta.is_inference() else theta).requires_grad_()
 
 
 def _places(module: torch.nn.Module) -> dict[str, list[str]]:
