@@ -10,8 +10,9 @@ import torch
 import mechgrok as mg
 from mechgrok.llc.bias import step_size_bias
 from mechgrok.sampling.chains import sample
-from mechgrok.sampling.diagnostics import health, summarize
+from mechgrok.sampling.diagnostics import summarize
 from mechgrok.sampling.potential import ModulePotential
+from mechgrok.sampling.verdict import health
 from mechgrok.types import Component
 from tests.oracles import Quadratic, noisy_quadratic, quadratic_loss, stationary_llc
 
@@ -163,4 +164,4 @@ def test_health_against_full_arviz_numbers() -> None:
     assert found.health.r_hat == pytest.approx(
         float(array_stats.rhat(found.losses, chain_axis=0, draw_axis=1, method="rank"))
     )
-    assert health(summarize(found.losses), 0.0, None).r_hat == found.health.r_hat
+    assert health(summarize(found.losses), config(), 0.0).r_hat == found.health.r_hat
