@@ -211,8 +211,8 @@ def variance_table(study: Study) -> tuple[Sequence[str], list[list[str]]]:
     row = curve.row("model")
     each = (curve.steps, curve.llc[row], curve.std_error[row], *(getattr(curve, key)[row] for key in VARIANCES))
     rows = [
-        [f"{step}", f"{llc:.3g} ± {error:.2g}", _known(variance, of), _known(slope), _known(ratio)]
-        for step, llc, error, variance, of, slope, ratio in zip(*each, curve.variance_ratio[row], strict=True)
+        [f"{step}", f"{llc:.3g} ± {error:.2g}", _known(variance, of), _known(slope, its), _known(ratio)]
+        for step, llc, error, variance, of, slope, its, ratio in zip(*each, curve.variance_ratio[row], strict=True)
     ]
     return ("step", "llc", "llc_variance", "of which the slope at most", "llc_variance / llc"), rows
 

@@ -33,9 +33,10 @@ class ChainHealth:
     descent: what the slope at w* takes from llc, -nbeta times the mean of g . (w - w*), g the gradient of the loss on
     all of the data at w*. On a quadratic nbeta^2 g' A^-1 g, A = nbeta H + localization; 0 at a minimum.
     sloping: at least half of it is lost on a quadratic, and that half is surely more than the error bar.
-    gradient_variance: at most what the slope at w* adds to llc_variance, nbeta^2 Cov(L(w), g . (w - w*)). On a
-    quadratic that is nbeta^2 localization g' A^-2 g, the slope's own share nbeta^2 localization^2 g' A^-3 g, and
-    both are nbeta^2 |g|^2 / localization where the loss is flat along g, and less where it is not.
+    gradient_variance, gradient_variance_error: at most what the slope at w* adds to llc_variance, with its standard
+    error: nbeta^2 Cov(L(w), g . (w - w*)). On a quadratic that is nbeta^2 localization g' A^-2 g, the slope's own share
+    nbeta^2 localization^2 g' A^-3 g, and both are nbeta^2 |g|^2 / localization where the loss is flat along g, and less
+    where it is not.
     top_share: the largest loss of one example at w* as a share of all of them together; lone: that is more than a half,
     more than chance has it, and more than the error bar.
     """
@@ -55,6 +56,7 @@ class ChainHealth:
     variance_ratio: float = math.nan
     descent: float = math.nan
     gradient_variance: float = math.nan
+    gradient_variance_error: float = math.nan
     sloping: bool = False
     top_share: float = math.nan
     lone: bool = False

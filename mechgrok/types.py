@@ -203,7 +203,7 @@ class LLCEstimate:
         _expect(self.losses.shape == expected, f"losses must be [chain, draw] {expected}, got {self.losses.shape}")
 
 
-VARIANCES = ("llc_variance", "llc_variance_error", "gradient_variance")  # of a curve
+VARIANCES = ("llc_variance", "llc_variance_error", "gradient_variance", "gradient_variance_error")  # of a curve
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ class LLCCurve:
     """Estimates over training: llc, std_error, healthy, saturated are [component, checkpoint].
 
     init_loss: Float[checkpoint], the loss at each checkpoint, if known. settings: of each component, if known.
-    llc_variance, llc_variance_error, gradient_variance: [component, checkpoint], as `LLCEstimate` and its health have
-    them; NaN where they are not known.
+    llc_variance, gradient_variance: [component, checkpoint], as `LLCEstimate` and its health have them, with their
+    standard errors; NaN where they are not known.
     control: the model's curve under another localization, never drawn on this one's axis. finer: the model's at half
     the step size, which tells the bias of this one. Both may have fewer checkpoints. refined: curves sampled on other
     distributions, by name, maybe of fewer components and checkpoints.
@@ -228,6 +228,7 @@ class LLCCurve:
     llc_variance: np.ndarray = field(default_factory=lambda: np.array(np.nan))
     llc_variance_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
     gradient_variance: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    gradient_variance_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
     settings: Mapping[str, LLCConfig] = field(default_factory=dict)
     control: "LLCCurve | None" = None
     finer: "LLCCurve | None" = None

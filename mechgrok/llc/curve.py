@@ -154,6 +154,7 @@ def assemble_curve(
         llc_variance=grid(lambda e: e.llc_variance),
         llc_variance_error=grid(lambda e: e.llc_variance_error),
         gradient_variance=grid(lambda e: e.health.gradient_variance),
+        gradient_variance_error=grid(lambda e: e.health.gradient_variance_error),
         settings=settings,
         control=control,
         finer=finer,

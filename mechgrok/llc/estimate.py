@@ -16,11 +16,11 @@ from mechgrok.llc.bias import step_size_bias
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.reproducible import matmul_precision
 from mechgrok.sampling.chains import Draws, sample
-from mechgrok.sampling.diagnostics import summarize
+from mechgrok.sampling.diagnostics import UNKNOWN, Measured, summarize
 from mechgrok.sampling.motion import missing_share, slope_share
 from mechgrok.sampling.potential import LossFn
 from mechgrok.sampling.variance import variance_llc
-from mechgrok.sampling.verdict import Findings, Measured, health, top_row
+from mechgrok.sampling.verdict import Findings, health, top_row
 from mechgrok.types import Component, Examples, LLCEstimate
 
 N_PRIOR_DRAWS = 4  # from the localization alone, per chain; their mean loss is only held against a factor of two
@@ -138,14 +138,13 @@ def _estimate(
     variance = variance_llc(losses, noise, config.nbeta)
     kept = np.isfinite(losses).all(axis=1)
     motion = None if draws.motion is None or not kept.any() else draws.motion.of(torch.from_numpy(kept))
-    unknown = (math.nan, math.nan, math.nan)
-    *descent, gradient_variance = unknown if motion is None else slope_share(motion, losses[kept], config.nbeta)
+    descent, gradient_variance = (UNKNOWN,) * 2 if motion is None else slope_share(motion, losses[kept], config.nbeta)
     top_share, lone = top_row(problem.init_losses, summary.std_error)
     found = Findings(
         prior_rise=prior_rise,
         acceptance=float(draws.acceptance.mean()),
         variance=variance,
-        descent=(descent[0], descent[1]),
+        descent=descent,
         gradient_variance=gradient_variance,
         missing=missing_share(motion, config, len(anchor), llc),
         still=float((draws.theta == anchor).all(0).double().mean()) if draws.theta.numel() else math.nan,

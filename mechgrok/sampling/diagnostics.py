@@ -7,6 +7,8 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
+Measured = tuple[float, float]  # a value with its standard error
+UNKNOWN: Measured = (math.nan, math.nan)
 WINDOW = 10.0  # autocorrelation times that the estimate of the ess looks back on
 
 

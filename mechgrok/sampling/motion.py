@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mechgrok.config import LLCConfig
-from mechgrok.sampling.diagnostics import mean_and_error
+from mechgrok.sampling.diagnostics import UNKNOWN, Measured, mean_and_error
 from mechgrok.sampling.potential import Potential
 from mechgrok.sampling.samplers import SAMPLERS
 
@@ -81,8 +81,8 @@ def gradient_at_start(potential: Potential) -> Tensor:
     return total
 
 
-def slope_share(motion: Motion, losses: np.ndarray, nbeta: float) -> tuple[float, float, float]:
-    """(descent, its standard error, gradient_variance), as `ChainHealth` has them, in units of the LLC.
+def slope_share(motion: Motion, losses: np.ndarray, nbeta: float) -> tuple[Measured, Measured]:
+    """(descent, gradient_variance), as `ChainHealth` has them, in units of the LLC, with their standard errors.
 
     descent = -nbeta mean(x . g),   gradient_variance = nbeta^2 Cov(L, x . g)   over the watched draws
 
@@ -97,10 +97,11 @@ def slope_share(motion: Motion, losses: np.ndarray, nbeta: float) -> tuple[float
     """
     along = motion.descent.numpy()
     if not np.isfinite(along).all():
-        return math.nan, math.nan, math.nan
+        return UNKNOWN, UNKNOWN
     mean, error = mean_and_error(along)
-    covariance = np.mean((losses[:, motion.at] - losses[:, motion.at].mean()) * (along - mean))
-    return -nbeta * mean, nbeta * error, nbeta**2 * float(covariance)
+    watched = losses[:, motion.at]
+    covariance, its_error = mean_and_error((watched - watched.mean()) * (along - mean))
+    return (-nbeta * mean, nbeta * error), (nbeta**2 * covariance, nbeta**2 * its_error)
 
 
 def missing_share(motion: Motion | None, config: LLCConfig, n_params: int, llc: float) -> float:
@@ -113,7 +114,8 @@ def missing_share(motion: Motion | None, config: LLCConfig, n_params: int, llc: 
        averaged over the draws.
     2. From the draws. x . grad U has mean n_params under any law exp(-U), x = w - w*, and on a quadratic each direction
        that is at rest makes 1 of it and one that has not moved 0. So at most b = (n_params - mean(x . grad U)) / 2
-       is missing of 1/2 sum r_i, surely at most that less three standard errors, and b / (llc + b) of the LLC.
+       is missing of 1/2 sum r_i, and b / (llc + b) of the LLC. Three standard errors are taken off b, so that noise
+       accuses nobody.
 
     Exact for sgld on quadratics; a step size or batches that heat sharp directions hide as much in the second.
 

@@ -39,15 +39,14 @@ def variance_llc(losses: np.ndarray, noise: np.ndarray, nbeta: float) -> tuple[f
     losses, noise = losses[kept], noise[kept]
     if len(losses) == 0 or not np.isfinite(noise).all():
         return math.nan, math.nan
-    if np.ptp(losses) == 0 and not noise.any():
-        return 0.0, 0.0
+    if np.ptp(losses) == 0:  # the chains stand still, or the loss is flat
+        return -(nbeta**2) * float(noise.mean()), 0.0
     square = (losses - losses.mean()) ** 2
-    own, ess = square - noise, effective_sample_size(losses)
-    scale = nbeta**2 / (1 - 1 / ess)
+    own, total = square - noise, float(square.mean())
     n = effective_sample_size(own)
     freedom = max(2 * n / (2 * WINDOW + float(kurtosis(own, axis=None, fisher=False)) - 1), len(losses) - 1)
-    total = scale * float(square.mean())
-    error = scale * float(own.std(ddof=1)) / math.sqrt(n) * widening(freedom)
+    error = float(own.std(ddof=1)) / math.sqrt(n) * widening(freedom)
     with np.errstate(over="ignore"):
         longer = total * float(np.expm1(1.96 * error / total)) / 1.96
-    return scale * float(own.mean()), longer
+    scale = nbeta**2 / (1 - 1 / effective_sample_size(losses))
+    return scale * float(own.mean()), scale * longer

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechgrok.config import LLCConfig
 from mechgrok.health import ChainHealth
-from mechgrok.sampling.diagnostics import ChainSummary
+from mechgrok.sampling.diagnostics import UNKNOWN, ChainSummary, Measured
 
 # Limits beyond which an estimate is called unhealthy. R-hat: Vehtari et al. 2021 ask 1.01 for
 # posterior reporting; a mean within its standard error needs less, 1.1 is Gelman & Rubin's.
@@ -21,7 +21,6 @@ MIN_SHARE = 0.05  # of the loss in deciding the estimate, below which that is th
 MIN_ACCEPTANCE = 0.2
 MIN_LEARNED = 0.05  # share of the chance loss that must have been learned before it can be lost
 RESOLUTION = 2.0**-23  # of float32: what a loss is known to, relative to itself
-Measured = tuple[float, float]  # a value with its standard error
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Findings:
 
     prior_rise: Measured = (math.inf, 0.0)
     acceptance: float = 1.0
-    variance: Measured = (math.nan, math.nan)
-    descent: Measured = (math.nan, math.nan)
-    gradient_variance: float = math.nan
+    variance: Measured = UNKNOWN
+    descent: Measured = UNKNOWN
+    gradient_variance: Measured = UNKNOWN
     missing: float = math.nan
     still: float = math.nan
     top_share: float = math.nan
@@ -53,16 +52,21 @@ def health(
     found = found or Findings()
     rise = summary.mean - init_loss
     llc, std_error = config.nbeta * rise, config.nbeta * summary.std_error
+    resolution = config.nbeta * RESOLUTION * abs(init_loss)
     change = summary.half_means[1] - summary.half_means[0]
     drift = change / abs(rise) if rise != 0 else 0.0
     learned = 0.0 if chance_loss is None else chance_loss - init_loss
     can_lose = chance_loss is not None and learned > MIN_LEARNED * chance_loss
-    prior, prior_error = found.prior_rise
+    (prior, prior_error), (variance, variance_error) = found.prior_rise, found.variance
     surely = rise - 2 * summary.std_error  # what is not told from 0 is not told from a share either
-    ratio = ratio_error = math.nan
-    if found.variance[0] > 0 and llc > 0:
-        ratio = found.variance[0] / llc
-        ratio_error = ratio * math.hypot(found.variance[1] / found.variance[0], std_error / llc)
+    ratio = at_most = math.nan
+    if variance > 0 and llc > 0:
+        ratio = variance / llc
+    # Chains that have not come to rest, or are held by nothing, say nothing of what decides where they would.
+    at_rest = not (found.still > MAX_DRIFT or found.missing > MAX_DRIFT)
+    if ratio > 0 and config.localization > 0 and at_rest:
+        at_most = ratio * (1 + 2 * math.hypot(variance_error / variance, std_error / llc))
+    of_the_start = tuple(_of_the_start((llc, std_error), resolution, init_loss, chance_loss, found.descent))
     known = ChainHealth(
         r_hat=summary.r_hat, ess=summary.ess,
         drift=drift,
@@ -71,15 +75,17 @@ def health(
         escaped=bool(can_lose and rise >= learned),
         acceptance=found.acceptance, still=found.still, missing=found.missing,
         saturation=rise / prior if prior > 0 else math.nan,
-        saturated=bool(prior > 0 and surely > MAX_SATURATION * prior or ratio + 2 * ratio_error < 1 - MAX_SATURATION),
+        saturated=bool((prior > 0 and surely > MAX_SATURATION * prior) or at_most < 1 - MAX_SATURATION),
         variance_ratio=ratio,
-        descent=found.descent[0], gradient_variance=found.gradient_variance,
+        descent=found.descent[0], gradient_variance=found.gradient_variance[0],
+        gradient_variance_error=found.gradient_variance[1],
+        sloping=not of_the_start and (found.descent[0] - 2 * found.descent[1]) / 2 > 2 * std_error + resolution,
         top_share=found.top_share, lone=found.lone, reasons=(),
     )  # fmt: skip
-    alone = prior > 0 and surely > (1 - MIN_SHARE) * (prior + 2 * prior_error) or ratio + 2 * ratio_error < MIN_SHARE
+    alone = (prior > 0 and surely > (1 - MIN_SHARE) * (prior + 2 * prior_error)) or at_most < MIN_SHARE
     reasons = [
         *_of_the_chains(known),
-        *_of_the_start(config, llc, std_error, init_loss, chance_loss, found.descent),
+        *of_the_start,
         *_of_the_pull(config, known, alone),
     ]
     if known.escaped:
@@ -117,25 +123,25 @@ def _of_the_chains(known: ChainHealth) -> Iterator[str]:
 
 
 def _of_the_start(
-    config: LLCConfig, llc: float, std_error: float, init_loss: float, chance: float | None, descent: Measured
+    estimate: Measured, resolution: float, init_loss: float, chance: float | None, descent: Measured
 ) -> Iterator[str]:
     """Why w* is no minimum of the loss on this data, so that the rise above it is no learning coefficient.
 
     The slope counts where what it takes from llc is surely more than all that is left: llc then says more of the way
     down than of the width of the valley. See `motion.slope_share`.
     """
+    llc, std_error = estimate
     if chance is not None and init_loss >= chance:
         yield (
             f"w* is no minimum of this data's loss: {init_loss:.3g} nats there, and {chance:.3g} by guessing: train "
             "longer, or look whether these are the data and targets that the model was trained on"
         )
-    known_to = config.nbeta * RESOLUTION * abs(init_loss)
-    if llc < -SIGNIFICANCE * std_error - known_to:
+    if llc < -SIGNIFICANCE * std_error - resolution:
         yield (
             f"w* is no minimum of this data's loss: the chains found lower losses, llc is {llc:.3g} ± {std_error:.2g}: "
             "train longer, or raise localization or lower nbeta; llc_variance needs no minimum"
         )
-    if descent[0] - SIGNIFICANCE * descent[1] > max(llc, known_to):
+    if descent[0] - SIGNIFICANCE * descent[1] > max(llc, resolution):
         yield (
             f"w* is no minimum of this data's loss: its slope there takes {descent[0]:.3g} from llc, more than is left "
             f"({llc:.3g}): train longer, or raise localization or lower nbeta; llc_variance needs no minimum"
