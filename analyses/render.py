@@ -20,8 +20,9 @@ from mechgrok.config import LLCConfig
 from mechgrok.measures.landmarks import landmarks
 from mechgrok.reproducible import made_with
 from mechgrok.stages import MIN_POINTS, smooth, stage_points
-from mechgrok.types import Claim, Report, Stage, Study
+from mechgrok.types import VARIANCES, Claim, Report, Stage, Study
 
+CURVE_KEYS = ("steps", "components", "llc", "std_error", "healthy", *VARIANCES, "variance_ratio")
 SHOWN_TOKENS = 64  # beyond, the widget is too large to look at
 
 
@@ -56,10 +57,7 @@ def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
             "stages": [vars(stage) for stage in study.stages],
             "landmarks": landmarks_of(study),
             "metrics": [vars(row) for row in study.trajectory.metrics],
-            "curves": {
-                name: {key: getattr(curve, key) for key in ("steps", "components", "llc", "std_error", "healthy")}
-                for name, curve in curves.items()
-            },
+            "curves": {name: {key: getattr(curve, key) for key in CURVE_KEYS} for name, curve in curves.items()},
             "reports": {
                 report.analysis: {
                     "claims": [{**vars(claim), "holds": claim.holds} for claim in report.claims],
@@ -83,6 +81,8 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
     lines += ["", health_note(study), "", bias_note(study)]
     marks = ", ".join(f"{name} {step}" for name, step in landmark_row(study).items())
     lines += ["", f"Landmarks of the loss, for comparison: {marks}."] if marks else []
+    lines += ["", "## The model's LLC from the variance of the sampled loss", "", VARIANCE_NOTE, ""]
+    lines += _table(*variance_table(study))
     for report in reports:
         lines += ["", f"## {report.analysis}", ""]
         for title, (columns, rows) in tables_of(report).items():
@@ -113,6 +113,8 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
         bias=bias_note(study),
         landmarks=landmark_row(study),
         llc_figures=llc_figures,
+        variance_note=VARIANCE_NOTE,
+        variance_table=variance_table(study),
         training_figures={
             "Loss and accuracy": plotting.training_figure(study.trajectory, study.stages, landmarks_of(study))
         },
@@ -166,8 +168,8 @@ def health_note(study: Study) -> str:
         f"{int(healthy.sum())} of {healthy.size} estimates are healthy (crosses are not); "
         f"{int((~mine).sum())} of the model's were left out when the stages were found.{surely}{few}"
         f" {int(flat.sum())} are saturated (open squares), {int(flat[study.curve.row('model')].sum())} of them the "
-        "model's: there the loss is so flat at the localization's scale that the estimate is all but proportional to "
-        "nbeta. "
+        "model's: there the loss is so flat at the localization's scale that the localization decides more of the "
+        "estimate than the loss. "
         "`mechgrok llc RUN` lists both kinds with what to change."
     )
 
@@ -194,6 +196,29 @@ def bias_note(study: Study) -> str:
         f"extrapolated); most at step {step}: {bias[worst]:.3g} ± {error[worst]:.2g} of {llc:.3g}. "
         "It is in no error bar and in no number here; hollow points are without it."
     )
+
+
+VARIANCE_NOTE = (
+    "llc_variance needs no loss at w*, so it also stands early, where w* is no minimum and llc says how far the chains "
+    "ran down; at most the part in the next column is the slope's at w*. Where the localization decides nothing both "
+    "are equal and the ratio is 1; it is given where both are positive."
+)
+
+
+def variance_table(study: Study) -> tuple[Sequence[str], list[list[str]]]:
+    """(column titles, rows) of the model's two estimates at each checkpoint."""
+    curve = study.curve
+    row = curve.row("model")
+    each = (curve.steps, curve.llc[row], curve.std_error[row], *(getattr(curve, key)[row] for key in VARIANCES))
+    rows = [
+        [f"{step}", f"{llc:.3g} ± {error:.2g}", _known(variance, of), _known(slope, its), _known(ratio)]
+        for step, llc, error, variance, of, slope, its, ratio in zip(*each, curve.variance_ratio[row], strict=True)
+    ]
+    return ("step", "llc", "llc_variance", "of which the slope at most", "llc_variance / llc"), rows
+
+
+def _known(value: float, error: float | None = None) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
 
 
 def stage_row(stage: Stage) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Axis names are singular: chain, draw, component, checkpoint, pos, head. Losses are in nats.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mechgrok.config import LLCConfig, RunConfig
 from mechgrok.errors import ComponentError, ShapeError
+from mechgrok.health import ChainHealth
 from mechgrok.task_config import TaskConfig
 
 if TYPE_CHECKING:
@@ -170,48 +172,6 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class ChainHealth:
-    """What the chains of one estimate say about it; `reasons` is empty when it is healthy.
-
-    r_hat: split rank-normalized R-hat. ess: effective sample size of the mean, all chains.
-    drift: change of the estimate between the halves of the run, as a share of the estimate's size.
-    drifting: it is large and significant, so the chain has not settled.
-    diverged: share of chains that left the finite numbers.
-    escaped: the sampled loss lost all that training had gained over chance.
-    saturation: rise of the sampled loss as a share of its rise under the localization alone (nbeta = 0);
-    near 1 the loss does not shape the draws. NaN where the localization raises no loss. saturated: it is
-    surely above a half, so the estimate is all but proportional to nbeta. That makes no estimate
-    unhealthy, as the chains are sound: it says how flat the loss is at the localization's scale.
-    acceptance: share of accepted proposals, 1 for samplers without any.
-    """
-
-    r_hat: float
-    ess: float
-    drift: float
-    drifting: bool
-    diverged: float
-    escaped: bool
-    saturation: float
-    saturated: bool
-    acceptance: float
-    reasons: tuple[str, ...]
-
-    @property
-    def healthy(self) -> bool:
-        return not self.reasons
-
-    @property
-    def cautions(self) -> tuple[str, ...]:
-        """What to mind in a healthy estimate, and what to change."""
-        if not self.saturated:
-            return ()
-        return (
-            f"saturated (the loss rises {self.saturation:.0%} as much as under the localization alone, so the estimate "
-            "is proportional to nbeta): lower localization or raise nbeta",
-        )
-
-
-@dataclass(frozen=True)
 class LLCEstimate:
     """llc = nbeta * (mean of `losses` - init_loss); std_error includes init_loss_error.
 
@@ -222,6 +182,9 @@ class LLCEstimate:
     bias, bias_error: what the finite step size adds to llc, with its standard error; None where it was
     not asked for. It is not subtracted from llc and not part of std_error.
     path: what evaluated the losses (see `LLCConfig`); why_not_faster: why nothing faster did, in words.
+    llc_variance, llc_variance_error: the same coefficient from how much the sampled loss varies, nbeta^2 (Var L - noise
+    of the batches), with its standard error; see `sampling.variance`. It needs no init_loss, so it stands where w* is
+    no minimum, and it may be negative. NaN where the noise of the batches is not known: batches of one example.
     """
 
     component: str
@@ -238,10 +201,15 @@ class LLCEstimate:
     bias_error: float | None = None
     path: str = ""
     why_not_faster: str | None = None
+    llc_variance: float = math.nan
+    llc_variance_error: float = math.nan
 
     def __post_init__(self) -> None:
         expected = (self.config.n_chains, self.config.n_draws)
         _expect(self.losses.shape == expected, f"losses must be [chain, draw] {expected}, got {self.losses.shape}")
+
+
+VARIANCES = ("llc_variance", "llc_variance_error", "gradient_variance", "gradient_variance_error")  # of a curve
 
 
 @dataclass(frozen=True)
@@ -249,6 +217,8 @@ class LLCCurve:
     """Estimates over training: llc, std_error, healthy, saturated are [component, checkpoint].
 
     init_loss: Float[checkpoint], the loss at each checkpoint, if known. settings: of each component, if known.
+    llc_variance, gradient_variance: [component, checkpoint], as `LLCEstimate` and its health have them, with their
+    standard errors; NaN where they are not known.
     control: the model's curve under another localization, never drawn on this one's axis. finer: the model's at half
     the step size, which tells the bias of this one. Both may have fewer checkpoints. refined: curves sampled on other
     distributions, by name, maybe of fewer components and checkpoints.
@@ -261,10 +231,20 @@ class LLCCurve:
     healthy: np.ndarray = field(default_factory=lambda: np.array(True))
     saturated: np.ndarray = field(default_factory=lambda: np.array(False))
     init_loss: np.ndarray | None = None
+    llc_variance: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    llc_variance_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    gradient_variance: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    gradient_variance_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
     settings: Mapping[str, LLCConfig] = field(default_factory=dict)
     control: "LLCCurve | None" = None
     finer: "LLCCurve | None" = None
     refined: "Mapping[str, LLCCurve]" = field(default_factory=dict)
+
+    @property
+    def variance_ratio(self) -> np.ndarray:
+        """llc_variance / llc, [component, checkpoint]; NaN where one of them is not positive."""
+        both = np.where(self.llc_variance > 0, self.llc_variance, np.nan), np.where(self.llc > 0, self.llc, np.nan)
+        return both[0] / both[1]
 
     @property
     def bias(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -287,10 +267,11 @@ class LLCCurve:
         shape = (len(self.components), len(self.steps))
         for name in ("llc", "std_error"):
             set_field(self, name, np.asarray(getattr(self, name), dtype=float))
-        for name in ("healthy", "saturated"):
-            flags = np.asarray(getattr(self, name), dtype=bool)
-            set_field(self, name, np.full(shape, flags) if flags.ndim == 0 else flags)
-        for name in ("llc", "std_error", "healthy", "saturated"):
+        for names, kind in ((("healthy", "saturated"), bool), (VARIANCES, float)):
+            for name in names:
+                values = np.asarray(getattr(self, name), dtype=kind)
+                set_field(self, name, np.full(shape, values) if values.ndim == 0 else values)
+        for name in ("llc", "std_error", "healthy", "saturated", *VARIANCES):
             got = getattr(self, name).shape
             _expect(got == shape, f"{name} must be [component, checkpoint] {shape}, got {got}")
         increasing = self.steps.ndim == 1 and self.steps.size > 0 and bool(np.all(np.diff(self.steps) > 0))
@@ -313,7 +294,8 @@ class LLCCurve:
         import xarray as xr
 
         dims = ("component", "checkpoint")
-        values = {name: (dims, getattr(self, name)) for name in ("llc", "std_error", "healthy", "saturated")}
+        names = ("llc", "std_error", "healthy", "saturated", *VARIANCES)
+        values = {name: (dims, getattr(self, name)) for name in names}
         data = xr.Dataset(values, {"component": list(self.components), "checkpoint": self.steps})
         each = [self.settings[name].model_dump() for name in self.components if name in self.settings]
         for key, value in each[0].items() if each else ():

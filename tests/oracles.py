@@ -25,6 +25,26 @@ def stationary_llc(curvature: np.ndarray, config: LLCConfig) -> float:
     return float(0.5 * np.sum(config.nbeta * curvature / (a * shrink)))
 
 
+def stationary_variance_llc(curvature: np.ndarray, config: LLCConfig) -> float:
+    """Long-run llc_variance on the same: nbeta^2 Var L = 1/2 sum (nbeta h_i var_i)^2, as L is of Gaussian w."""
+    a = config.nbeta * curvature + config.localization
+    shrink = {"sgld": 1 - config.step_size * a / 4, "baoab": 1.0, "mala": 1.0}[config.sampler]
+    return float(0.5 * np.sum((config.nbeta * curvature / (a * shrink)) ** 2))
+
+
+class Slope(torch.nn.Module):
+    """L = g . w + 1/2 sum h_i w_i^2 + above, seen from w* = 0, where its gradient is g; the same for every example."""
+
+    def __init__(self, gradient: Tensor, curvature: Tensor, above: float = 1.0):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros_like(curvature))
+        self.gradient, self.curvature, self.above = gradient, curvature, above
+
+
+def slope_loss(module: torch.nn.Module, x: Tensor) -> Tensor:
+    return module.above + (module.w * (module.gradient + 0.5 * module.curvature * module.w)).sum() + 0.0 * x
+
+
 class Quadratic(torch.nn.Module):
     """L = 1/2 sum h_i w_i^2 at its minimum, the same for every example."""
 

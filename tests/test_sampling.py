@@ -8,8 +8,9 @@ import torch
 
 from mechgrok import LLCConfig, estimate_llc
 from mechgrok.sampling.chains import sample
-from mechgrok.sampling.diagnostics import health, summarize
+from mechgrok.sampling.diagnostics import summarize
 from mechgrok.sampling.potential import ModulePotential
+from mechgrok.sampling.verdict import health
 from mechgrok.types import Component
 from tests.oracles import Quadratic, quadratic_loss, stationary_llc
 
@@ -164,13 +165,13 @@ def test_effective_sample_size_of_an_ar1_chain_is_the_known_one() -> None:
 
 def test_health_tells_each_trouble_and_a_good_chain_has_none() -> None:
     good = autoregressive(0.3, 4, 400, 0) + 10
-    assert health(summarize(good), 9.0, None).healthy
+    assert health(summarize(good), config(), 9.0).healthy
     apart = good + np.array([0, 0, 0, 5.0])[:, None]
-    assert "R-hat" in health(summarize(apart), 9.0, None).reasons[0]
+    assert "R-hat" in health(summarize(apart), config(), 9.0).reasons[0]
     drifting = good + np.linspace(0, 4, 400)
-    assert any("drifts" in reason for reason in health(summarize(drifting), 9.0, None).reasons)
+    assert any("drifts" in reason for reason in health(summarize(drifting), config(), 9.0).reasons)
     slow = autoregressive(0.995, 4, 400, 1) + 10
-    assert any("effective sample size" in reason for reason in health(summarize(slow), 9.0, None).reasons)
+    assert any("effective sample size" in reason for reason in health(summarize(slow), config(), 9.0).reasons)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,6 @@ def test_health_tells_each_trouble_and_a_good_chain_has_none() -> None:
 )
 def test_escaped_means_that_all_that_was_learned_is_lost(init_loss: float, sampled: float, escaped: bool) -> None:
     losses = sampled + 0.01 * autoregressive(0.0, 4, 100, 0)
-    got = health(summarize(losses), init_loss, math.log(7))
+    got = health(summarize(losses), config(), init_loss, math.log(7))
     assert got.escaped == escaped
     assert any("left the basin" in reason for reason in got.reasons) == escaped

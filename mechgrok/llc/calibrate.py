@@ -245,10 +245,8 @@ def _sick(trials: Sequence[Trial]) -> list[str]:
     found, largest = [], max(trial.estimate.llc for trial in trials)
     for trial in trials:
         estimate = trial.estimate
-        cautions = estimate.health.cautions if estimate.llc >= SMALL * largest else ()
-        reasons = [*estimate.health.reasons, *cautions]
-        if _below(estimate):
-            reasons.append("the chain finds losses below that of w*: raise localization or lower nbeta")
+        flat = estimate.health.saturated and estimate.llc >= SMALL * largest
+        reasons = [*estimate.health.reasons, *(estimate.health.cautions if flat else ())]
         if reasons:
             found.append(f"{estimate.component} at step {trial.step}: {reasons[0]}")
     return found

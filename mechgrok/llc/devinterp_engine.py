@@ -22,7 +22,7 @@ from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError
 from mechgrok.llc.problem import Problem
-from mechgrok.sampling.chains import Draws
+from mechgrok.sampling.chains import Draws, batch_noise
 
 METHODS = {"sgld": "sgmcmc_sgld", "rmsprop_sgld": "rmsprop_sgld"}
 
@@ -78,15 +78,20 @@ def devinterp_draws(problem: Problem, config: LLCConfig, seed: int) -> Draws:
         )
         drawn = tree.dataset.isel(step=slice(config.n_burnin, None)).load()
         tree.close()
+    of_examples = torch.from_numpy(drawn.sampling_loss_micro.values.mean(axis=3, dtype=np.float64))
     losses = torch.from_numpy(drawn.sampling_loss_micro.values.mean(axis=(2, 3), dtype=np.float64))
     diverged = (~losses.isfinite()).cummax(1).values
     index = torch.from_numpy(drawn.sampling_input_ids_micro.values[..., 0])
+    noise = torch.zeros(2, *losses.shape, dtype=torch.float64)
+    if config.batch_size is not None:
+        noise = batch_noise(of_examples, problem.init_losses[index])
     return Draws(
         losses=losses.masked_fill(diverged, torch.nan),
         index=None if config.batch_size is None else index,
         theta=torch.empty(0),
         acceptance=torch.ones(config.n_chains, dtype=torch.float64),
         observed=[],
+        noise=noise,
     )
 
 

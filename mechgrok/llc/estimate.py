@@ -17,8 +17,11 @@ from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size,
 from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import differentiable, matmul_precision
 from mechgrok.sampling.chains import Draws, sample
-from mechgrok.sampling.diagnostics import health, summarize
+from mechgrok.sampling.diagnostics import UNKNOWN, Measured, summarize
+from mechgrok.sampling.motion import missing_share, slope_share
 from mechgrok.sampling.potential import LossFn
+from mechgrok.sampling.variance import variance_llc
+from mechgrok.sampling.verdict import Findings, health, top_row
 from mechgrok.types import Component, Examples, LLCEstimate
 
 N_PRIOR_DRAWS = 4  # from the localization alone, per chain; their mean loss is only held against a factor of two
@@ -136,21 +139,40 @@ def members(problem: Problem) -> tuple[seeds.Name, ...]:
 def estimates_of(problem: Problem, config: LLCConfig, draws: Draws, seed: int) -> list[LLCEstimate]:
     """The estimate of each component of the problem that these draws give."""
     rises = _prior_rises(problem, config, seed)
+    anchors = problem.potential.anchor.reshape(len(problem.components), -1)
     return [
-        _estimate(problem, component, config, draws.of(member, config.n_chains), rises[member])
+        _estimate(problem, component, config, draws.of(member, config.n_chains), anchors[member], rises[member])
         for member, component in enumerate(problem.components)
     ]
 
 
 def _estimate(
-    problem: Problem, component: Component, config: LLCConfig, draws: Draws, prior_rise: float
+    problem: Problem, component: Component, config: LLCConfig, draws: Draws, anchor: Tensor, prior_rise: Measured
 ) -> LLCEstimate:
     init_loss = problem.init_loss
     losses, paired = _less_the_batches_luck(draws, problem)
     summary = summarize(losses)
+    llc = config.nbeta * (summary.mean - init_loss)
+    noise = np.full(losses.shape, math.nan) if draws.noise is None else draws.noise[int(paired)].numpy()
+    variance = variance_llc(losses, noise, config.nbeta)
+    kept = np.isfinite(losses).all(axis=1)
+    motion = None if draws.motion is None or not kept.any() else draws.motion.of(torch.from_numpy(kept))
+    descent, gradient_variance = (UNKNOWN,) * 2 if motion is None else slope_share(motion, losses[kept], config.nbeta)
+    top_share, lone = top_row(problem.init_losses, summary.std_error)
+    found = Findings(
+        prior_rise=prior_rise,
+        acceptance=float(draws.acceptance.mean()),
+        variance=variance,
+        descent=descent,
+        gradient_variance=gradient_variance,
+        missing=missing_share(motion, config, len(anchor), llc),
+        still=float((draws.theta == anchor).all(0).double().mean()) if draws.theta.numel() else math.nan,
+        top_share=top_share,
+        lone=lone,
+    )
     return LLCEstimate(
         component=component.name,
-        llc=config.nbeta * (summary.mean - init_loss),
+        llc=llc,
         std_error=config.nbeta * summary.std_error,
         losses=losses,
         init_loss=init_loss,
@@ -158,10 +180,12 @@ def _estimate(
         init_loss_error=0.0,
         n_params=problem.potential.anchor.shape[-1],
         config=config,
-        health=health(summary, init_loss, problem.chance_loss, prior_rise, float(draws.acceptance.mean())),
+        health=health(summary, config, init_loss, problem.chance_loss, found),
         paired=paired,
         path=config.engine if config.engine == "devinterp" else problem.path,
         why_not_faster=problem.why_not_faster,
+        llc_variance=variance[0],
+        llc_variance_error=variance[1],
     )
 
 
@@ -174,7 +198,9 @@ def draw(problem: Problem, config: LLCConfig, seed: int, observe: Callable[[Tens
         return devinterp_draws(problem, config, seed)
     with matmul_precision(config.precision):
         loops = problem.path == "compiled"
-        return sample(problem.potential, config, seed, stream_names(config), members(problem), observe, loops)
+        return sample(
+            problem.potential, config, seed, stream_names(config), members(problem), observe, problem.start, loops
+        )
 
 
 def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, bool]:
@@ -194,10 +220,10 @@ def _less_the_batches_luck(draws: Draws, problem: Problem) -> tuple[np.ndarray, 
     return plain - luck, True
 
 
-def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[float]:
+def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[Measured]:
     """Mean L(w) - L(w*) over w ~ N(w*, 1 / localization), nats: the control with nbeta = 0, drawn exactly."""
     if config.localization == 0:
-        return [math.inf] * len(problem.components)
+        return [(math.inf, 0.0)] * len(problem.components)
     potential, rises = problem.potential, []
     anchor = potential.anchor.reshape(len(problem.components), -1)
     device = anchor.device
@@ -212,7 +238,9 @@ def _prior_rises(problem: Problem, config: LLCConfig, seed: int) -> list[float]:
             index = torch.randint(potential.n_examples, (config.batch_size,), generator=rng, device=device)
         losses = potential.losses(anchor + torch.stack(noise) / config.localization**0.5, index[None])
         rises.append((losses.cpu().double() - problem.init_losses[index.cpu()]).mean(1))
-    return [math.inf if math.isnan(rise) else rise for rise in torch.stack(rises).mean(0).tolist()]
+    found = torch.stack(rises)
+    means, errors = found.mean(0).tolist(), (found.std(0) / len(found) ** 0.5).tolist()
+    return [(math.inf, 0.0) if math.isnan(mean) else (mean, error) for mean, error in zip(means, errors, strict=True)]
 
 
 def as_set(config: LLCConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from mechgrok.config import MEMORY_GB, LLCConfig, LLCPath, Precision
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
 from mechgrok.llc.prepared import prepared, prepared_data
 from mechgrok.reproducible import differentiable
+from mechgrok.sampling.motion import Start, gradient_at_start
 from mechgrok.sampling.potential import LossFn, Potential
 from mechgrok.types import Component, Examples
 
@@ -53,6 +55,11 @@ class Problem:
     def init_loss(self) -> float:
         """L(w*): the mean over all of the data, nats."""
         return float(self.init_losses.mean())
+
+    @cached_property
+    def start(self) -> Start:
+        """What the draws are held against: the losses and their gradient at w*, on all of the data."""
+        return Start(self.init_losses, gradient_at_start(self.potential))
 
     def on(self, data: Data) -> "Problem":
         """The same module and component on other data."""

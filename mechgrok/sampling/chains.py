@@ -11,6 +11,7 @@ from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.loops.normals import Normals
 from mechgrok.sampling.kernels import mala_log_acceptance
+from mechgrok.sampling.motion import Motion, Start, Watch
 from mechgrok.sampling.potential import Potential
 from mechgrok.sampling.samplers import SAMPLERS, Slope, State
 
@@ -19,10 +20,12 @@ from mechgrok.sampling.samplers import SAMPLERS, Slope, State
 class Draws:
     """losses: Float64[chain, draw], each the mean over that draw's own batch, at the draw's weights.
 
-    index: Int[chain, draw, batch], the examples of those batches; None where every batch is all examples.
-    theta: Float[chain, param], where the chains ended. acceptance: Float64[chain], the share of accepted
-    proposals (1 for samplers that propose nothing). observed: what `observe` returned, a list over draws.
-    Of a potential with several members the axis is [member chain], until `of` picks one.
+    index: Int[chain, draw, batch], the examples of those batches; None where every batch is all examples. theta:
+    Float[chain, param], where the chains ended. acceptance: Float64[chain], the share of accepted proposals (1 for
+    samplers that propose nothing). observed: what `observe` returned, a list over draws. noise: Float64[2, chain,
+    draw], nats^2, the variance that the batch alone gives each of these losses and, second, each less its batch's loss
+    at w*; 0 where every batch is all examples. motion: where some draws lie from w*. None: unknown. Of a potential with
+    several members the axis is [member chain], until `of` picks one.
     """
 
     losses: Tensor
@@ -30,23 +33,33 @@ class Draws:
     theta: Tensor
     acceptance: Tensor
     observed: list[Tensor]
+    noise: Tensor | None = None
+    motion: Motion | None = None
 
     def of(self, member: int, n_chains: int) -> "Draws":
         """The draws of one member."""
         own = slice(member * n_chains, (member + 1) * n_chains)
         return Draws(
-            self.losses[own], self.index, self.theta[own], self.acceptance[own], [seen[own] for seen in self.observed]
+            losses=self.losses[own],
+            index=self.index,
+            theta=self.theta[own],
+            acceptance=self.acceptance[own],
+            observed=[seen[own] for seen in self.observed],
+            noise=None if self.noise is None else self.noise[:, own],
+            motion=None if self.motion is None else self.motion.of(own),
         )
 
 
 @dataclass(frozen=True)
 class _Point:
-    """Weights with what was evaluated there: losses Float64[chain], |theta - anchor|^2 Float64[chain], the slope.
+    """Weights with what was evaluated there: losses of examples Float64[chain, batch] and their means Float64[chain],
+    |theta - anchor|^2 Float64[chain], the slope.
 
-    The latter is for those alone who accept or reject by it, and nothing otherwise.
+    The square is for those alone who accept or reject by it, and nothing otherwise.
     """
 
     theta: Tensor
+    of_examples: Tensor
     losses: Tensor
     square: Tensor
     slope: Slope
@@ -63,6 +76,7 @@ def sample(
     names: Sequence[seeds.Name],
     members: Sequence[seeds.Name] = ("model",),
     observe: Callable[[Tensor], Tensor] | None = None,
+    start: Start | None = None,
     loops: bool = False,
 ) -> Draws:
     """Draw from exp(-nbeta L(theta) - localization / 2 |theta - anchor|^2), starting at the anchor.
@@ -77,6 +91,7 @@ def sample(
         members: names of the potential's members; in chain c each draws from (seed, *names, member, "noise", c)
             and, for mala, (seed, *names, member, "accept", c).
         observe: called with the weights of every draw, Float[chain, param]; costs the chains nothing else.
+        start: what the draws are held against; they are the same without it.
         loops: noise and steps by compiled loops, where they take the numbers: the same up to rounding.
     """
     sampler = SAMPLERS[config.sampler]
@@ -97,6 +112,10 @@ def sample(
     everything = torch.arange(n_examples, device=device).expand(config.n_chains, -1)
     # Nothing leaves the device before the end: a GPU would wait for it in every step.
     losses = torch.full((len(anchor), config.n_draws), torch.nan, dtype=torch.float64, device=device)
+    noise = torch.zeros(2, *losses.shape, dtype=torch.float64, device=device)
+    at_start = None if start is None else start.losses.to(device)
+    gradient = None if start is None else start.gradient.repeat_interleave(config.n_chains, 0)
+    watch = Watch(anchor, config.n_draws, gradient)
     accepted = torch.zeros(len(anchor), dtype=torch.float64, device=device)
     indices, observed = [], []
     theta = anchor.clone()
@@ -115,7 +134,12 @@ def sample(
             state = State(new.theta)
         point = new
         if step >= config.n_burnin:
-            losses[:, step - config.n_burnin] = point.losses
+            draw = step - config.n_burnin
+            losses[:, draw] = point.losses
+            if config.batch_size is not None:
+                luck = None if at_start is None else at_start[index].repeat(len(members), 1)
+                noise[:, :, draw] = batch_noise(point.of_examples, luck)
+            watch.look(draw, point.theta, point.slope.grad)
             indices.append(index)
             if observe is not None:
                 observed.append(observe(point.theta))
@@ -129,15 +153,28 @@ def sample(
         theta=point.theta if sampler.metropolis and point is not None else state.theta,
         acceptance=accepted.cpu() / n_proposals if sampler.metropolis else torch.ones(len(anchor), dtype=torch.float64),
         observed=observed,
+        noise=noise.cpu(),
+        motion=watch.notes(),
     )
+
+
+def batch_noise(losses: Tensor, luck: Tensor | None) -> Tensor:
+    """s^2 / batch of Float64[..., batch] losses, and of them less their `luck`, the same examples' at w*: [2, ...].
+
+    s^2 is the variance within the batch. NaN where there is none: in a batch of one, and without the luck.
+    """
+    both = torch.stack([losses, torch.full_like(losses, torch.nan) if luck is None else losses - luck])
+    size = losses.shape[-1]
+    return both.var(-1) / size if size > 1 else both[..., 0] * torch.nan
 
 
 def _evaluate(potential: Potential, theta: Tensor, anchor: Tensor, index: Tensor, config: LLCConfig) -> _Point:
     example_losses, grad = potential.losses_and_grad(theta, index)
-    losses = example_losses.double().mean(1)
+    example_losses = example_losses.double()
+    losses = example_losses.mean(1)
     metropolis = SAMPLERS[config.sampler].metropolis
     square = (theta - anchor).double().square().sum(1) if metropolis else torch.zeros_like(losses)
-    return _Point(theta, losses, square, Slope(grad, anchor))
+    return _Point(theta, example_losses, losses, square, Slope(grad, anchor))
 
 
 def _accept(old: _Point, new: _Point, coins: Sequence[torch.Generator], config: LLCConfig) -> Tensor:
@@ -153,6 +190,7 @@ def _choose(take: Tensor, new: _Point, old: _Point) -> _Point:
     rows = take[:, None]
     return _Point(
         torch.where(rows, new.theta, old.theta),
+        torch.where(rows, new.of_examples, old.of_examples),
         torch.where(take, new.losses, old.losses),
         torch.where(take, new.square, old.square),
         Slope(torch.where(rows, new.slope.grad, old.slope.grad), new.slope.anchor),

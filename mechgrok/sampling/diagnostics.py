@@ -1,4 +1,4 @@
-"""What the losses of several chains say: their mean's standard error, and whether to believe it."""
+"""What the losses of several chains say of their mean: its standard error, R-hat, effective sample size."""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +7,9 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from mechgrok.types import ChainHealth
-
-# Limits beyond which an estimate is called unhealthy. R-hat: Vehtari et al. 2021 ask 1.01 for
-# posterior reporting; a mean within its standard error needs less, 1.1 is Gelman & Rubin's.
-MAX_R_HAT = 1.1
-MIN_ESS = 20.0
+Measured = tuple[float, float]  # a value with its standard error
+UNKNOWN: Measured = (math.nan, math.nan)
 WINDOW = 10.0  # autocorrelation times that the estimate of the ess looks back on
-MAX_DRIFT = 0.2
-DRIFT_SIGNIFICANCE = 3.0  # a drift counts when it is also this many standard errors
-MAX_SATURATION = 0.5
-MIN_ACCEPTANCE = 0.2
-MIN_LEARNED = 0.05  # share of the chance loss that must have been learned before it can be lost
 
 
 @dataclass(frozen=True)
@@ -53,69 +44,36 @@ def summarize(losses: np.ndarray) -> ChainSummary:
         nan = math.nan
         return ChainSummary(nan, nan, nan, 0.0, (nan, nan), (nan, nan), 1.0)
     half = kept.shape[1] // 2
-    first, second = _mean_and_error(kept[:, :half]), _mean_and_error(kept[:, half:])
-    mean, std_error = _mean_and_error(kept)
+    first, second = mean_and_error(kept[:, :half]), mean_and_error(kept[:, half:])
+    mean, std_error = mean_and_error(kept)
     return ChainSummary(
-        mean, std_error, _r_hat(kept), _ess(kept), (first[0], second[0]), (first[1], second[1]), diverged
+        mean,
+        std_error,
+        _r_hat(kept),
+        effective_sample_size(kept),
+        (first[0], second[0]),
+        (first[1], second[1]),
+        diverged,
     )
 
 
-def health(
-    summary: ChainSummary,
-    init_loss: float,
-    chance_loss: float | None,
-    prior_rise: float = math.inf,
-    acceptance: float = 1.0,
-) -> ChainHealth:
-    """Judge a summary against the loss at the anchor and the loss of guessing, both in nats.
-
-    prior_rise: by how much the loss rises under the localization alone, nats; infinite without one.
-    """
-    size = abs(summary.mean - init_loss)
-    change = summary.half_means[1] - summary.half_means[0]
-    error = math.hypot(*summary.half_errors)
-    drift = change / size if size > 0 else 0.0
-    drifting = abs(drift) > MAX_DRIFT and abs(change) > DRIFT_SIGNIFICANCE * error
-    learned = 0.0 if chance_loss is None else chance_loss - init_loss
-    can_lose = chance_loss is not None and learned > MIN_LEARNED * chance_loss
-    escaped = bool(can_lose and summary.mean - init_loss >= learned)
-    saturation = (summary.mean - init_loss) / prior_rise if prior_rise > 0 else math.nan
-    # What is not told from 0 is not told from a share either.
-    saturated = prior_rise > 0 and summary.mean - 2 * summary.std_error - init_loss > MAX_SATURATION * prior_rise
-    reasons = []
-    if summary.diverged > 0:
-        reasons.append(f"{summary.diverged:.0%} of the chains diverged: lower step_size")
-    if summary.diverged < 1:
-        if not summary.r_hat <= MAX_R_HAT:
-            reasons.append(f"R-hat {summary.r_hat:.2f} > {MAX_R_HAT}: draw longer chains or more burn-in")
-        if summary.ess < MIN_ESS:
-            reasons.append(f"effective sample size {summary.ess:.0f} < {MIN_ESS:.0f}: draw longer chains")
-        if drifting:
-            reasons.append(f"the loss still drifts ({drift:+.0%} between halves): more burn-in")
-    if escaped:
-        reasons.append(
-            f"left the basin (sampled loss {summary.mean:.2f} against {chance_loss:.2f} of guessing): "
-            "raise localization or lower nbeta"
-        )
-    if acceptance < MIN_ACCEPTANCE:
-        reasons.append(f"{acceptance:.0%} of the proposals accepted: lower step_size")
-    return ChainHealth(
-        r_hat=summary.r_hat, ess=summary.ess, drift=drift, drifting=drifting, diverged=summary.diverged,
-        escaped=escaped, saturation=saturation, saturated=saturated, acceptance=acceptance, reasons=tuple(reasons),
-    )  # fmt: skip
-
-
-def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
+def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
+    """The mean of [chain, draw] and its standard error, as `summarize` has them."""
     spread = float(losses.std(ddof=1))
     if spread == 0:
         return float(losses.mean()), 0.0
-    ess = _ess(losses)
+    ess = effective_sample_size(losses)
     freedom = max(ess / WINDOW, len(losses) - 1)
-    widening = student_t.ppf(0.975, freedom) / norm.ppf(0.975)
-    return float(losses.mean()), spread / math.sqrt(ess) * float(widening)
+    return float(losses.mean()), spread / math.sqrt(ess) * widening(freedom)
 
 
-def _ess(losses: np.ndarray) -> float:
+def widening(freedom: float) -> float:
+    """t / 1.96: what a standard error is multiplied by that is itself known with so much freedom."""
+    return float(student_t.ppf(0.975, freedom) / norm.ppf(0.975))
+
+
+def effective_sample_size(losses: np.ndarray) -> float:
+    """How many independent values have a mean as well known as that of [chain, draw]; all, if none differs."""
     from arviz_stats.base import array_stats
 
     if np.ptp(losses) == 0:

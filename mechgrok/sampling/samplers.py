@@ -44,6 +44,8 @@ class Sampler:
     stiffness(config): a product of step_size and the largest curvature of U that is safe to begin with;
     sgld's variance is then within 5 % of the target's, and those without a bias on quadratics stay well
     below the limit of 4.
+    forgetting(config, curvature): what is left after one step of the variance of a displacement along a direction
+    in which U has this curvature, step_size curvature < 2: the square of the step's largest eigenvalue there.
     metropolis: proposals are accepted or rejected, which needs exact losses and gradients.
     looped: the same step by one compiled loop, for numbers that such loops take.
     """
@@ -51,6 +53,7 @@ class Sampler:
     start: Callable[[Tensor, Normal, LLCConfig], State]
     step: Callable[[State, Slope, Tensor, LLCConfig], State]
     stiffness: Callable[[LLCConfig], float]
+    forgetting: Callable[[LLCConfig, float], float]
     metropolis: bool = False
     looped: Callable[[State, Slope, Tensor, LLCConfig], State] | None = None
 
@@ -117,11 +120,30 @@ def _baoab_loop(state: State, slope: Slope, noise: Tensor, config: LLCConfig) ->
     return State(theta, (velocity,))
 
 
+def _forgets(config: LLCConfig, curvature: float) -> float:
+    return (1 - config.step_size * curvature / 2) ** 2
+
+
+def _forgets_at_most(config: LLCConfig, curvature: float) -> float:
+    """The preconditioner is at most 1 / stability, and nearly that where the gradients are small."""
+    return (1 - config.step_size / config.rmsprop_stability * curvature / 2) ** 2
+
+
+def _forgets_with_velocity(config: LLCConfig, curvature: float) -> float:
+    """(theta, velocity) goes by a matrix of trace 1 + m - step_size a (1 + m) / 2 and determinant m, the momentum."""
+    m = config.momentum
+    trace = 1 + m - config.step_size * curvature * (1 + m) / 2
+    square = trace**2 - 4 * m
+    return m if square < 0 else ((abs(trace) + math.sqrt(square)) / 2) ** 2
+
+
 SAMPLERS: dict[SamplerName, Sampler] = {
-    "sgld": Sampler(_at_rest, _sgld, lambda config: 0.2, looped=_sgld_loop),
+    "sgld": Sampler(_at_rest, _sgld, lambda config: 0.2, _forgets, looped=_sgld_loop),
     # The preconditioner is at most 1 / stability.
-    "rmsprop_sgld": Sampler(_no_second_moment, _rmsprop_sgld, lambda config: 0.2 * config.rmsprop_stability),
-    "sgnht": Sampler(_moving_with_thermostat, _sgnht, lambda config: 1.0),
-    "baoab": Sampler(_moving, _baoab, lambda config: 1.0, looped=_baoab_loop),
-    "mala": Sampler(_at_rest, _sgld, lambda config: 0.2, metropolis=True, looped=_sgld_loop),
+    "rmsprop_sgld": Sampler(
+        _no_second_moment, _rmsprop_sgld, lambda config: 0.2 * config.rmsprop_stability, _forgets_at_most
+    ),
+    "sgnht": Sampler(_moving_with_thermostat, _sgnht, lambda config: 1.0, _forgets_with_velocity),
+    "baoab": Sampler(_moving, _baoab, lambda config: 1.0, _forgets_with_velocity, looped=_baoab_loop),
+    "mala": Sampler(_at_rest, _sgld, lambda config: 0.2, _forgets, metropolis=True, looped=_sgld_loop),
 }
