@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mechgrok import seeds
 from mechgrok.components import expand_names
@@ -15,6 +16,7 @@ from mechgrok.llc.problem import groups
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
+from mechgrok.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -71,6 +73,7 @@ def _checked(pair: Any) -> "tuple[int, HookedTransformer]":
     step, model = pair
     if not isinstance(step, int | np.integer) or step < 0:
         raise ShapeError(f"steps must be whole numbers from 0 on, got {step!r}")
+    model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if not isinstance(model, HookedTransformer):
         raise ConfigError(
             f"a curve needs HookedTransformers, got {type(model).__name__} at step {step}; call estimate_llc for each "

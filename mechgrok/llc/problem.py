@@ -12,6 +12,7 @@ from mechgrok.config import MEMORY_GB, LLCConfig, Precision
 from mechgrok.errors import ComponentError, ConfigError, ShapeError
 from mechgrok.sampling.potential import LossFn, ModulePotential, Potential
 from mechgrok.types import Component, Examples
+from mechgrok.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -81,6 +82,7 @@ def make_problem(
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a HookedTransformer or another torch module, got {type(model).__name__}")
+    model = unwrapped(model)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this torch sees no such device; install a CUDA build, or leave device out")
     if isinstance(data, Examples):
