@@ -8,14 +8,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
-    {"types", "calibration", "errors", "seeds", "task_config", "toml_values", "config", "reproducible", "unwrap"},
+    {
+        "types",
+        "calibration",
+        "errors",
+        "seeds",
+        "task_config",
+        "toml_values",
+        "config",
+        "reproducible",
+        "unwrap",
+        "terminal",
+    },
     {"model", "canonical", "components", "store", "schedule", "stages", "plotting", "regression"},
     {"loops"},
     {"sampling"},
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
     {"plan"},
+    {"importing"},
     {"pipeline"},
+    {"import_command"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FILES = [path for package in ("mechgrok", "analyses") for path in (ROOT / package).rglob("*.py")]

@@ -1,6 +1,7 @@
 """LLC curves: one estimate per (checkpoint, component), a pure function of names and seeds."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,20 @@ def assemble_curve(
         control=control,
         finer=finer,
         refined=refined or {},
+    )
+
+
+def without_steps(curve: LLCCurve, steps: Collection[int]) -> LLCCurve:
+    """The curve with no estimate healthy at these steps, nor in its control, its finer and its refined curves."""
+
+    def without(one: LLCCurve) -> LLCCurve:
+        return replace(one, healthy=one.healthy & ~np.isin(one.steps, list(steps)))
+
+    return replace(
+        without(curve),
+        control=None if curve.control is None else without(curve.control),
+        finer=None if curve.finer is None else without(curve.finer),
+        refined={name: without(part) for name, part in curve.refined.items()},
     )
 
 
