@@ -164,7 +164,7 @@ def audit_note(study: Study) -> str:
         return ""
     more = f"; and {len(named) - SHOWN_STEPS} more, which audit.json lists" if len(named) > SHOWN_STEPS else ""
     which = f"{len(named)} imported checkpoints are" if len(named) > 1 else "One imported checkpoint is"
-    return f"{which} kept out of the stages: {'; '.join(named[:SHOWN_STEPS])}{more}."
+    return f"{which} kept out of the stages and the analyses: {'; '.join(named[:SHOWN_STEPS])}{more}."
 
 
 def health_note(study: Study) -> str:
@@ -251,8 +251,9 @@ def landmarks_of(study: Study) -> dict[str, float]:
     """The landmarks of the loss, from the metrics that training kept; none where no accuracy can reach 1."""
     if study.task.name != "modular-addition":
         return {}
-    path = study.trajectory
-    return landmarks(np.array(path.steps), path.column("train_accuracy"), path.column("test_accuracy"))
+    path, steps = study.trajectory, np.array(study.trajectory.steps)
+    trusted = np.isin(steps, contract.trusted_steps(study))
+    return landmarks(steps[trusted], *(path.column(f"{side}_accuracy")[trusted] for side in ("train", "test")))
 
 
 def landmark_row(study: Study) -> dict[str, str]:

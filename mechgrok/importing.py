@@ -42,7 +42,8 @@ def import_run(
 ) -> Trajectory:
     """A run of checkpoints that were trained elsewhere, in place of training; `run` and the rest go on from it.
 
-    What `outside.audit` finds is kept in audit.json, and the steps that it names are kept out of the stages.
+    What `outside.audit` finds is kept in audit.json; the steps that it names are kept out of the stages and the
+    analyses.
 
     Args:
         source: see `mechgrok.outside.find`. config: settings whose [train] is `source = "imported"` with the steps.
@@ -64,8 +65,10 @@ def import_run(
         trajectory = import_trajectory(directory, split, found, lambda done, total: progress("importing", done, total))
         directory.write_json("import.json", {"kind": found.kind, "source": found.name, "notes": found.notes})
         directory.write_json("audit.json", {"named": {str(step): why for step, why in audited.named.items()}})
-    for text in (*found.notes, *(f"step {step} {why}; kept out of the stages" for step, why in audited.named.items())):
+    for text in found.notes:
         note(text)
+    for step, why in audited.named.items():
+        note(f"step {step} {why}; kept out of the stages and the analyses")
     return trajectory
 
 
@@ -146,7 +149,7 @@ def _audited(
     def read() -> Iterator[tuple[int, dict[str, Tensor]]]:
         for done, step in enumerate(steps):
             progress("auditing", done, len(steps))
-            yield step, found.parameters_at(step, config and config.model, split)
+            yield step, found.parameters_at(step, config.model if config else None, split)
         progress("auditing", len(steps), len(steps))
 
     audited = audit(read())
