@@ -148,8 +148,10 @@ def calibrate_run(
     split = make_split(config.task, config.seed)
     own = config.llc.sampling
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
+    trajectory, suspicious = load_trajectory(directory, split), directory.suspicious()
+    trusted = tuple(row for row in trajectory.metrics if row.step not in suspicious)
     found = calibrate(
-        load_trajectory(directory, split), sampled_examples(config, split), seed=config.seed, components=components,
+        replace(trajectory, metrics=trusted), sampled_examples(config, split), seed=config.seed, components=components,
         like=own, n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress,
         **(kept | dict(changes)),
     )  # fmt: skip

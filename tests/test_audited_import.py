@@ -67,7 +67,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
 
 
 def test_named_steps_are_kept_out_of_the_stages_and_the_report_says_so(
-    trained: tuple[Trajectory, RunConfig], folder: Path, call: Callable[..., tuple[str, str]]
+    trained: tuple[Trajectory, RunConfig],
+    folder: Path,
+    call: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last weights at an early step: their LLC is sampled, and rests in no stage."""
     trajectory, config = trained
@@ -97,6 +100,11 @@ def test_named_steps_are_kept_out_of_the_stages_and_the_report_says_so(
         replace(row, train_accuracy=float(row.step in (wrong, last))) for row in study.trajectory.metrics
     )))  # fmt: skip
     assert render.landmarks_of(perfect)["memorized"] == last
+    swept = []
+    monkeypatch.setattr(pipeline, "calibrate", lambda of, *arguments, **settings: swept.append(of.steps) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.calibrate_run(out, {})
+    assert swept == [tuple(step for step in trajectory.steps if step != wrong)]
     visible = f"One imported checkpoint is kept out of the stages and the analyses: {sentence}."
     assert f"**{visible}**" in render.to_markdown(study, [])
     assert f'<p class="fails">{visible}</p>' in render.to_html(study, [])
