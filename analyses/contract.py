@@ -90,7 +90,7 @@ def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dic
 
 
 def run(name: str, study: Study, n_workers: int = 1) -> Report:
-    """Measure every checkpoint, conclude, and score each claim against randomly placed stages.
+    """Measure every checkpoint that is trusted, conclude, and score each claim against randomly placed stages.
 
     The null keeps the number of stages and draws their boundaries uniformly on log(1 + step),
     `study.config.analyses.n_null` times. A claim's `null_quantile` is the share of placements
@@ -105,20 +105,25 @@ def run(name: str, study: Study, n_workers: int = 1) -> Report:
     """
     analysis = load(name)
     _check_task(analysis, study.config.task.name)
-    final = study.trajectory.model_at(study.trajectory.steps[-1])
+    trusted = trusted_steps(study)
+    final, steps = study.trajectory.model_at(trusted[-1]), np.array(trusted)
     split = with_kinds(study.split)
     facts = _prepared(analysis, final, split)
-    steps = np.array(study.trajectory.steps)
     work = partial(_measure, name, study.trajectory, split, facts)
-    shares = [study.trajectory.steps[first::n_workers] for first in range(min(n_workers, len(steps)))]
+    shares = [trusted[first::n_workers] for first in range(min(n_workers, len(trusted)))]
     found = {step: row for rows in each_result(work, shares, n_workers) for step, row in rows.items()}
-    rows = [found[step] for step in study.trajectory.steps]
+    rows = [found[step] for step in trusted]
     series = {key: np.array([np.asarray(row[key]) for row in rows]) for key in rows[0]}
     derive = getattr(analysis, "derive", None)
     rng = np.random.default_rng(seeds.derive(study.config.seed, "derive", name))
     derived = derive({"step": steps, **series}, study.curve, facts, rng) if derive else {}
     claims = score(analysis, {"step": steps, **series, **derived}, study)
     return Report(name, steps, series, claims, facts, derived)
+
+
+def trusted_steps(study: Study) -> tuple[int, ...]:
+    """The checkpoints, without those that the audit of an import names."""
+    return tuple(step for step in study.trajectory.steps if step not in study.suspicious)
 
 
 def _measure(

@@ -23,6 +23,7 @@ from mechgrok.stages import MIN_POINTS, smooth, stage_points
 from mechgrok.types import VARIANCES, Claim, Report, Stage, Study
 
 CURVE_KEYS = ("steps", "components", "llc", "std_error", "healthy", *VARIANCES, "variance_ratio")
+SHOWN_STEPS = 8
 SHOWN_TOKENS = 64  # beyond, the widget is too large to look at
 
 
@@ -54,6 +55,7 @@ def to_json(study: Study, reports: Sequence[Report]) -> dict[str, Any]:
             "name": study.config.name,
             "provenance": provenance(study),
             "config": study.config.model_dump(mode="json"),
+            "suspicious": study.suspicious,
             "stages": [vars(stage) for stage in study.stages],
             "landmarks": landmarks_of(study),
             "metrics": [vars(row) for row in study.trajectory.metrics],
@@ -78,6 +80,7 @@ def to_markdown(study: Study, reports: Sequence[Report]) -> str:
     keys = ("name", "direction", "start", "end", "interval", "delta_llc", "delta_loss")
     titles = ("stage", "LLC", "from step", "to step", "end, interval", "change of LLC", "change of train loss")
     lines += _table(titles, [[row[key] for key in keys] for row in map(stage_row, study.stages)])
+    lines += ["", f"**{audit_note(study)}**"] if study.suspicious else []
     lines += ["", health_note(study), "", bias_note(study)]
     marks = ", ".join(f"{name} {step}" for name, step in landmark_row(study).items())
     lines += ["", f"Landmarks of the loss, for comparison: {marks}."] if marks else []
@@ -109,6 +112,7 @@ def to_html(study: Study, reports: Sequence[Report]) -> str:
         name=study.config.name,
         summary=summary(study),
         stages=[stage_row(stage) for stage in study.stages],
+        audit=audit_note(study),
         health=health_note(study),
         bias=bias_note(study),
         landmarks=landmark_row(study),
@@ -153,6 +157,16 @@ def _settings(sampling: LLCConfig) -> str:
         f"localization {sampling.localization:g}, {sampling.n_chains} chains of {sampling.n_draws} draws "
         f"after {sampling.n_burnin} of burn-in"
     )
+
+
+def audit_note(study: Study) -> str:
+    """Which steps of an import are kept out of the stages, and why, in a sentence; empty where there is none."""
+    named = [f"step {step} {why}" for step, why in study.suspicious.items()]
+    if not named:
+        return ""
+    more = f"; and {len(named) - SHOWN_STEPS} more, which audit.json lists" if len(named) > SHOWN_STEPS else ""
+    which = f"{len(named)} imported checkpoints are" if len(named) > 1 else "One imported checkpoint is"
+    return f"{which} kept out of the stages and the analyses: {'; '.join(named[:SHOWN_STEPS])}{more}."
 
 
 def health_note(study: Study) -> str:
@@ -262,8 +276,9 @@ def landmarks_of(study: Study) -> dict[str, float]:
     """The landmarks of the loss, from the metrics that training kept; none where no accuracy can reach 1."""
     if study.task.name != "modular-addition":
         return {}
-    path = study.trajectory
-    return landmarks(np.array(path.steps), path.column("train_accuracy"), path.column("test_accuracy"))
+    path, steps = study.trajectory, np.array(study.trajectory.steps)
+    trusted = np.isin(steps, contract.trusted_steps(study))
+    return landmarks(steps[trusted], *(path.column(f"{side}_accuracy")[trusted] for side in ("train", "test")))
 
 
 def landmark_row(study: Study) -> dict[str, str]:

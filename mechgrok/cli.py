@@ -1,25 +1,23 @@
 """The command line. Heavy imports live inside the commands, so that --help answers at once."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mechgrok.errors import ConfigError, MechgrokError
+from mechgrok.import_command import import_
+from mechgrok.terminal import err, out, print_note, print_trajectory, progress_bars
 
 if TYPE_CHECKING:
-    from mechgrok.types import Report, Stage, Study, Trajectory
+    from mechgrok.types import Report, Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-# Piped output is not cut to a terminal's 80 columns.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False)
+app.command("import")(import_)
 
 Source = Annotated[str, typer.Argument(help="A preset, or the path of a .toml file.")]
 Run = Annotated[Path, typer.Argument(help="A run directory, such as runs/modular-addition.")]
@@ -46,7 +44,7 @@ def run(
     """Train, sample, find the stages, analyse and report. Goes on where a killed run stopped."""
     if memory is not None and not memory > 0:
         raise ConfigError(f"--memory must be greater than 0, got {memory:g}")
-    with _progress() as progress:
+    with progress_bars() as progress:
         progress("starting", 0, 1)  # TransformerLens takes seconds to import
         from analyses import contract
         from mechgrok import pipeline
@@ -58,7 +56,7 @@ def run(
         study = pipeline.run(config, out_dir, workers, progress, scheduler)
         reports = _analyse(study, study.config.analyses.names, progress, workers)
         path = _write_report(study, reports, out_dir or Path("runs") / study.config.name)
-    _print_stages(study.stages)
+    _print_stages(study)
     for report in reports:
         _print_claims(report)
     out.print(f"report: {path}", soft_wrap=True)
@@ -67,45 +65,19 @@ def run(
 @app.command()
 def train(source: Source, out_dir: Out = None) -> None:
     """Train the model of a preset and keep its checkpoints."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         progress("starting", 0, 1)
         from mechgrok import pipeline
 
         progress("starting", 1, 1)
         trajectory = pipeline.train_only(source, out_dir, progress)
-    _print_trajectory(trajectory)
-
-
-@app.command("import")
-def import_(
-    source: Annotated[str, typer.Argument(help="A folder of checkpoints, or a name that TransformerLens knows.")],
-    config: Annotated[Path | None, typer.Option(help="A .toml file that describes the run.")] = None,
-    out_dir: Out = None,
-    init: Annotated[bool, typer.Option("--init", help="Only print such a file to begin with.")] = False,
-) -> None:
-    """Make a run of checkpoints that were trained elsewhere; see docs/import.md."""
-    if init == (config is not None):
-        raise ConfigError("give either --config my.toml to import, or --init to print a config to begin with")
-    with _progress() as progress:
-        progress("starting", 0, 1)
-        from mechgrok import pipeline
-
-        progress("starting", 1, 1)
-        if config is None:
-            text = pipeline.import_template(source).to_toml()
-        else:
-            trajectory = pipeline.import_run(source, config, out_dir, progress)
-    if config is None:
-        notice = f"# [model] and [train] are those of {source}. Choose the task and how to sample."
-        out.print(f"{notice}\n{text}", end="", markup=False, soft_wrap=True)
-    else:
-        _print_trajectory(trajectory)
+    print_trajectory(trajectory)
 
 
 @app.command()
 def llc(run_dir: Run, workers: Workers = None, scheduler: Scheduler = None) -> None:
     """Sample the LLC of every component at every checkpoint of a run."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         progress("starting", 0, 1)
         import numpy as np
 
@@ -121,6 +93,7 @@ def llc(run_dir: Run, workers: Workers = None, scheduler: Scheduler = None) -> N
         cells = zip(curve.llc[:, column], curve.std_error[:, column], marks, strict=True)
         table.add_row(str(step), *(f"{value:.2f} ± {error:.2f}{mark}" for value, error, mark in cells))
     out.print(table)
+    _print_audit(study)
     for (data, step, name, config), estimate in pipeline.doubtful_estimates(run_dir).items():
         setting = f"{data + ', ' if data else ''}localization {config.localization:g}, step size {config.step_size:g}"
         for mark, reasons in (("!", estimate.health.reasons), ("~", estimate.health.cautions)):
@@ -142,7 +115,7 @@ def calibrate(
     Writes calibration.svg, calibration.json and calibrated.toml, a config to run with, into the run
     directory. Exit code 1 if no sound setting was found.
     """
-    with _progress() as progress:
+    with progress_bars() as progress:
         progress("starting", 0, 1)
         from mechgrok import pipeline
 
@@ -168,9 +141,9 @@ def calibrate(
 @app.command()
 def stages(run_dir: Run) -> None:
     """Show the developmental stages of a finished run."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         study = _load(run_dir, progress)
-    _print_stages(study.stages)
+    _print_stages(study)
 
 
 @app.command()
@@ -179,7 +152,7 @@ def analyse(
     names: Annotated[list[str] | None, typer.Argument(help="Analyses; by default those of the run's config.")] = None,
 ) -> None:
     """Make analyses of a finished run and show their claims."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         study = _load(run_dir, progress)
         reports = _analyse(study, names or study.config.analyses.names, progress)
     for report in reports:
@@ -189,7 +162,7 @@ def analyse(
 @app.command()
 def report(run_dir: Run) -> None:
     """Write report.html, report.json and report.md of a finished run."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         study = _load(run_dir, progress)
         path = _write_report(study, _analyse(study, study.config.analyses.names, progress), run_dir)
     out.print(f"report: {path}", soft_wrap=True)
@@ -208,7 +181,7 @@ def check(
     if (against is None) == (write is None):
         raise ConfigError("give either --against BASELINE to compare or --write BASELINE to make one")
     baseline = None if against is None else store.read_json(against)
-    with _progress() as progress:
+    with progress_bars() as progress:
         study = _load(run_dir, progress)
         current = baseline_of(study, _analyse(study, study.config.analyses.names, progress))
     if against is None:
@@ -283,25 +256,25 @@ def _write_report(study: "Study", reports: Sequence["Report"], run_dir: Path) ->
         return directory.write_text("report.html", render.to_html(study, reports))
 
 
-def _print_trajectory(trajectory: "Trajectory") -> None:
-    table = Table("step", "train loss", "test loss", "train accuracy", "test accuracy")
-    for row in trajectory.metrics:
-        numbers = (row.train_loss, row.test_loss, row.train_accuracy, row.test_accuracy)
-        table.add_row(str(row.step), *(f"{number:.3g}" for number in numbers))
-    out.print(table)
+def _print_audit(study: "Study") -> None:
+    from analyses.render import audit_note
+
+    if note := audit_note(study):
+        print_note(note)
 
 
-def _print_stages(found: "Sequence[Stage]") -> None:
+def _print_stages(study: "Study") -> None:
     from analyses.render import stage_row
 
-    if not found:
+    _print_audit(study)
+    if not study.stages:
         out.print(
             "no stage was found: the LLC curve cannot be told from a constant, or too few of its points are healthy"
         )
         return
     titles = ("stage", "LLC", "from", "to", "end, interval", "change of LLC", "of train loss")
     table = Table(*titles, title="stages of the LLC", title_justify="left", box=box.SIMPLE)
-    for stage in found:
+    for stage in study.stages:
         table.add_row(*stage_row(stage).values())
     out.print(table)
 
@@ -318,23 +291,6 @@ def _print_claims(report: "Report") -> None:
         verdict = f"[{'green' if one.holds else 'red'}]{row['holds']}"
         table.add_row(verdict, row["stage"], row["value"], row["threshold"], row["null"], row["chance"], row["text"])
     out.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total) that draws bars with the time remaining on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Every step reads what an earlier run of it left in the run directory, so a run t
 on where it stopped and ends in the same bits. Analyses take the `Study` from here; see `analyses`.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,25 +16,21 @@ from mechgrok import seeds
 from mechgrok.calibration import Calibration, calibration_record
 from mechgrok.compiling import compile_ahead, worth_compiling
 from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
-from mechgrok.errors import ConfigError, RunDirectoryError
+from mechgrok.errors import RunDirectoryError
+from mechgrok.importing import Progress, silent
+from mechgrok.importing import audit_source as audit_source
+from mechgrok.importing import import_run as import_run
+from mechgrok.importing import import_template as import_template
 from mechgrok.llc.calibrate import calibrate
-from mechgrok.llc.curve import Unit, estimate_units, with_company
+from mechgrok.llc.curve import Unit, estimate_units, with_company, without_steps
 from mechgrok.model import with_drawn_targets
-from mechgrok.outside.find import open_source
-from mechgrok.outside.sources import check_fits
-from mechgrok.plan import check_data, component_names, curve_of, plan_units, sampled_examples
+from mechgrok.plan import checked_split, component_names, curve_of, plan_units, sampled_examples
 from mechgrok.schedule import alongside, check_scheduler
 from mechgrok.stages import MIN_POINTS, detect_stages, stage_points
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
-from mechgrok.train import check_device, import_trajectory, load_trajectory, planned_steps, train
+from mechgrok.train import check_device, load_trajectory, planned_steps, train
 from mechgrok.types import LLCCurve, LLCEstimate, Split, Stage, Study, Trajectory
-
-Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 def run(
@@ -63,7 +58,7 @@ def run(
         check_device("train.device", getattr(config.train, "device", "cpu"))
         for key, sampling in config.llc.each_sampling.items():
             check_device(f"llc.{key}.device", sampling.device if scheduler is None else "cpu")
-    split, names = _checked(config)
+    split, names = checked_split(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():
         with alongside(
@@ -71,11 +66,12 @@ def run(
         ):
             trajectory = _trained(directory, split, progress)
         split = with_reference(directory, split, train)
-        curve = follow(directory, trajectory, split, names, n_workers, progress, scheduler)
+        suspicious = directory.suspicious()
+        curve = without_steps(follow(directory, trajectory, split, names, n_workers, progress, scheduler), suspicious)
         stages = find_stages(curve, config)
         for name, part in {"llc": curve, **curve.refined}.items():
             directory.write_netcdf(f"{name}.nc", part.to_dataset())
-    return Study(config, split, trajectory, curve, stages, directory.makers())
+    return Study(config, split, trajectory, curve, stages, directory.makers(), suspicious)
 
 
 def train_only(
@@ -86,59 +82,10 @@ def train_only(
     path = Path(out or Path("runs") / config.name)
     if not RunDirectory.holds(path, "checkpoints"):
         check_device("train.device", getattr(config.train, "device", "cpu"))
-    split, _ = _checked(config)
+    split, _ = checked_split(config)
     directory = RunDirectory.create(path, config)
     with directory.locked():
         return _trained(directory, split, progress)
-
-
-def import_run(
-    source: str, config: str | Path | RunConfig, out: str | Path | None = None, progress: Progress = silent
-) -> Trajectory:
-    """A run of checkpoints that were trained elsewhere, in place of training; `run` and the rest go on from it.
-
-    Args:
-        source: see `mechgrok.outside.find`. config: settings whose [train] is `source = "imported"` with the steps.
-
-    Raises:
-        ConfigError, CheckpointError, RunDirectoryError: what is missing or does not fit.
-    """
-    config = load_config(config)
-    if not isinstance(config.train, ImportedConfig):
-        raise ConfigError(
-            f'[train] of {config.name} describes training; for an import write source = "imported" and '
-            "checkpoints = [...], the steps"
-        )
-    split, _ = _checked(config)
-    found = open_source(source)
-    check_fits(found, config.model, split, config.train.checkpoints)
-    directory = RunDirectory.create(out or Path("runs") / config.name, config)
-    with directory.locked():
-        trajectory = import_trajectory(directory, split, found, lambda done, total: progress("importing", done, total))
-        directory.write_json("import.json", {"kind": found.kind, "source": found.name})
-    return trajectory
-
-
-def import_template(source: str) -> RunConfig:
-    """Settings to begin with for an import: model and steps of the source, the rest from the preset heads-planted.
-
-    Raises:
-        ConfigError: as `open_source`, or the source does not tell the model's shape.
-    """
-    found, base = open_source(source), load_config("heads-planted")
-    shape = found.shape(found.steps[-1])
-    if shape is None:
-        raise ConfigError(f"{source} has no config.json; save `cfg.to_dict()` as that, or write [model] by hand")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name).strip("-") or "imported"
-    refinements = tuple(one for one in base.llc.refinements if one.reference_layers is None)
-    return base.model_copy(
-        update={
-            "name": name,
-            "model": shape,
-            "train": ImportedConfig(source="imported", checkpoints=found.steps),
-            "llc": base.llc.model_copy(update={"refinements": refinements}),
-        }
-    )
 
 
 def load_study(path: str | Path) -> Study:
@@ -160,8 +107,9 @@ def load_study(path: str | Path) -> Study:
         raise RunDirectoryError(
             f"{directory.path} has {done} of {total} estimates; run `mechgrok run` again to finish it"
         )
-    curve = curve_of(found, config, names, split)
-    return Study(config, split, trajectory, curve, find_stages(curve, config), directory.makers())
+    suspicious = directory.suspicious()
+    curve = without_steps(curve_of(found, config, names, split), suspicious)
+    return Study(config, split, trajectory, curve, find_stages(curve, config), directory.makers(), suspicious)
 
 
 def doubtful_estimates(path: str | Path) -> dict[tuple[str, int, str, LLCConfig], LLCEstimate]:
@@ -203,8 +151,10 @@ def calibrate_run(
     split = make_split(config.task, config.seed)
     own = config.llc.sampling
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
+    trajectory, suspicious = load_trajectory(directory, split), directory.suspicious()
+    trusted = tuple(row for row in trajectory.metrics if row.step not in suspicious)
     found = calibrate(
-        load_trajectory(directory, split), sampled_examples(config, split), seed=config.seed, components=components,
+        replace(trajectory, metrics=trusted), sampled_examples(config, split), seed=config.seed, components=components,
         like=own, n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress,
         **(kept | dict(changes)),
     )  # fmt: skip
@@ -269,14 +219,6 @@ def _reference(directory: RunDirectory) -> RunDirectory | None:
         if refinement.reference_layers is not None:
             return RunDirectory.create(directory.path / REFERENCE, config.as_reference(refinement.reference_layers))
     return None
-
-
-def _checked(config: RunConfig) -> tuple[Split, tuple[str, ...]]:
-    """The split and the components' names; what the model or the data lack is refused before any work."""
-    split = make_split(config.task, config.seed)
-    names = component_names(config, split)
-    check_data(config, split)
-    return split, names
 
 
 def follow(

@@ -9,7 +9,16 @@ from mechgrok.errors import ComponentError, ConfigError
 from mechgrok.llc.curve import Unit, assemble_curve
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
+from mechgrok.tasks import make_split
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split
+
+
+def checked_split(config: RunConfig) -> tuple[Split, tuple[str, ...]]:
+    """The split and the components' names; what the model or the data lack is refused before any work."""
+    split = make_split(config.task, config.seed)
+    names = component_names(config, split)
+    check_data(config, split)
+    return split, names
 
 
 def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:

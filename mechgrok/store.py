@@ -3,6 +3,7 @@
     config.toml                     the run's settings; another configuration is refused
     checkpoints/step-00000100.safetensors   parameters; metadata: step, metrics, config digest, SHA-256
     import.json                     where imported checkpoints came from
+    audit.json                      what speaks against some of them
     made-with.json                  versions and machines that trained and sampled
     training/state.safetensors      parameters and AdamW moments, to resume from
     llc/localization-<gamma>-step-size-<epsilon>/<component>/step-00000100.safetensors   losses [chain, draw];
@@ -43,6 +44,7 @@ from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
 
 CONFIG = "config.toml"
 MAKERS = "made-with.json"
+AUDIT = "audit.json"
 
 
 class RunDirectory:
@@ -151,6 +153,17 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path / MAKERS} is damaged; delete it, and the run no longer tells what made it"
             ) from None
+
+    # ---- what an import was found to be
+
+    def suspicious(self) -> dict[int, str]:
+        """The steps that the audit of an import names, and why; empty where there was none."""
+        if not (self.path / AUDIT).exists():
+            return {}
+        try:
+            return {int(step): str(why) for step, why in read_json(self.path / AUDIT)["named"].items()}
+        except (RunDirectoryError, AttributeError, KeyError, TypeError, ValueError):
+            raise RunDirectoryError(f"{self.path / AUDIT} is damaged; run `mechgrok import` again to make it") from None
 
     # ---- checkpoints
 

@@ -89,7 +89,7 @@ def import_trajectory(
                         f"{run.path} holds another checkpoint at step {step} than {source.name}; choose another --out"
                     )
                 continue
-            metrics = _metrics(model, split, step, config.llc.n_examples is None)
+            metrics = metrics_of(model, split, step, config.llc.n_examples is None)
             if not math.isfinite(metrics.train_loss):
                 raise CheckpointError(
                     f"the loss of {source.name} at step {step} is not finite; "
@@ -137,7 +137,7 @@ def _train_to_the_end(
     resumed = _restore(run, model, optimizer, steps)
     for step in range(resumed or 0, config.n_steps + 1):
         if step in steps and not (step == resumed and run.has_checkpoint(step)):
-            metrics = _metrics(model, split, step, config.batch_size is None)
+            metrics = metrics_of(model, split, step, config.batch_size is None)
             if not math.isfinite(metrics.train_loss):
                 cause = "train.learning_rate or train.weight_decay" if step else "model.init_std"
                 what = f"training diverged by step {step}" if step else "the loss of the untrained model is not finite"
@@ -158,8 +158,11 @@ def _train_to_the_end(
             optimizer.step()
 
 
-def _metrics(model: HookedTransformer, split: Split, step: int, whole: bool) -> CheckpointMetrics:
-    """On all training examples, or, as that is dear where they are many, on as many as there are test examples."""
+def metrics_of(model: HookedTransformer, split: Split, step: int, whole: bool) -> CheckpointMetrics:
+    """Losses (nats) and accuracies.
+
+    On all training examples, or, as that is dear where they are many, on as many as there are test examples.
+    """
     seen = split.train if whole else split.train.first(len(split.test))
     (train_loss, train_accuracy), (test_loss, test_accuracy) = evaluate(model, seen), evaluate(model, split.test)
     return CheckpointMetrics(step, train_loss, test_loss, train_accuracy, test_accuracy)

@@ -380,6 +380,7 @@ class Study:
     curve: LLCCurve
     stages: tuple[Stage, ...]
     made_with: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)  # "training", "sampling"
+    suspicious: Mapping[int, str] = field(default_factory=dict)  # steps that the audit of an import names, and why
 
     @property
     def task(self) -> TaskConfig:

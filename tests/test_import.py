@@ -185,6 +185,8 @@ def spoiled(folder: Path, how: str) -> None:
         save_file(state | {"embed.W_E": state["embed.W_E"].int()}, first)
     elif how == "not finite":
         save_file(state | {"embed.W_E": state["embed.W_E"] * torch.nan}, first)
+    elif how == "overflow":  # every number is finite, and their products are not
+        save_file({name: 1e30 * tensor.float() for name, tensor in state.items()}, first)
     elif how == "missing":
         last.unlink()
     elif how == "duplicate":
@@ -193,7 +195,7 @@ def spoiled(folder: Path, how: str) -> None:
         last.rename(folder / "final.safetensors")
     elif how == "pickle":
         last.unlink()
-        (folder / "step-2000.pt").write_bytes(b"")
+        (folder / "step-2000.bin").write_bytes(b"")
     elif how == "link":
         last.rename(folder.parent / "kept")
         last.symlink_to(folder.parent / "kept")
@@ -226,14 +228,12 @@ def spoiled(folder: Path, how: str) -> None:
         ("shape", r"step_000000.safetensors: parameter embed.W_E has shape \(17, 16\), the model needs \(18, 16\)"),
         ("names", r"missing \['blocks.0.attn.W_K', .*\] and 5 more, unknown \[\]; correct \[model\]"),
         ("integers", "embed.W_E is torch.int32, which is no kind of weight"),
-        (
-            "not finite",
-            "the loss of .* at step 0 is not finite; leave .* out of train.checkpoints and choose another --out$",
-        ),
+        ("not finite", r"at step 0 is not finite: embed.W_E\[0, 0\] is nan, and 287 more; leave .* train.checkpoints$"),
+        ("overflow", "the loss of .* at step 0 is not finite; leave .* and choose another --out$"),
         ("missing", "has no checkpoint at step 2000; it has 0, 100$"),
         ("duplicate", "step-2000.safetensors and .*step_002000.safetensors are both step 2000"),
         ("nameless", "final.safetensors names no step; call it step-100.safetensors"),
-        ("pickle", "step-2000.pt is a pickle, which can run code when read"),
+        ("pickle", "step-2000.bin is a pickle, which can run code when read"),
         ("link", "step_002000.safetensors is a symbolic link to .*kept"),
         ("folder", "step_002000.safetensors is no file"),
         ("huge", "step_002000.safetensors has 100,000,000,000 bytes, and at most"),
@@ -380,7 +380,8 @@ def test_revisions_of_a_name_are_fetched_by_step(pythia: Path, tmp_path: Path, m
             torch.testing.assert_close(
                 model(SPLIT.test.tokens), neox(step)(SPLIT.test.tokens).logits, atol=2e-5, rtol=1e-5
             )
-    assert [revision for revision, safe in asked if safe] == ["step0", "step2000"]
+    audited = imported = ["step0", "step2000"]
+    assert [revision for revision, safe in asked if safe] == audited + imported
 
 
 def test_a_description_holds_everything_or_is_refused() -> None:

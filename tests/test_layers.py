@@ -8,7 +8,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
-    {"types", "calibration", "errors", "seeds", "task_config", "toml_values", "config", "reproducible"},
+    {
+        "types",
+        "health",
+        "calibration",
+        "errors",
+        "seeds",
+        "task_config",
+        "toml_values",
+        "config",
+        "reproducible",
+        "unwrap",
+        "terminal",
+    },
     {"plain"},
     {"model", "canonical", "components", "store", "schedule", "stages", "plotting", "regression"},
     {"loops", "hooked_heads"},
@@ -16,7 +28,9 @@ LAYERS = [
     {"replicas", "tasks", "outside"},
     {"train", "measures", "llc"},
     {"plan", "compiling"},
+    {"importing"},
     {"pipeline"},
+    {"import_command"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FILES = [path for package in ("mechgrok", "analyses") for path in (ROOT / package).rglob("*.py")]

@@ -1,10 +1,12 @@
 """LLC curves: one estimate per (checkpoint, component), a pure function of names and seeds."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mechgrok import seeds
 from mechgrok.components import expand_names
@@ -16,6 +18,7 @@ from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import reproducible
 from mechgrok.schedule import each_result
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Trajectory
+from mechgrok.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -73,6 +76,7 @@ def _checked(pair: Any) -> "tuple[int, HookedTransformer]":
     step, model = pair
     if not isinstance(step, int | np.integer) or step < 0:
         raise ShapeError(f"steps must be whole numbers from 0 on, got {step!r}")
+    model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if not isinstance(model, HookedTransformer):
         raise ConfigError(
             f"a curve needs HookedTransformers, got {type(model).__name__} at step {step}; call estimate_llc for each "
@@ -171,6 +175,20 @@ def assemble_curve(
         control=control,
         finer=finer,
         refined=refined or {},
+    )
+
+
+def without_steps(curve: LLCCurve, steps: Collection[int]) -> LLCCurve:
+    """The curve with no estimate healthy at these steps, nor in its control, its finer and its refined curves."""
+
+    def without(one: LLCCurve) -> LLCCurve:
+        return replace(one, healthy=one.healthy & ~np.isin(one.steps, list(steps)))
+
+    return replace(
+        without(curve),
+        control=None if curve.control is None else without(curve.control),
+        finer=None if curve.finer is None else without(curve.finer),
+        refined={name: without(part) for name, part in curve.refined.items()},
     )
 
 

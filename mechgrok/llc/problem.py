@@ -15,6 +15,7 @@ from mechgrok.reproducible import differentiable
 from mechgrok.sampling.motion import Start, gradient_at_start
 from mechgrok.sampling.potential import LossFn, Potential
 from mechgrok.types import Component, Examples
+from mechgrok.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -96,6 +97,7 @@ def make_problem(
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a HookedTransformer or another torch module, got {type(model).__name__}")
+    model = unwrapped(model)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this torch sees no such device; install a CUDA build, or leave device out")
     if isinstance(data, Examples):

@@ -1,4 +1,4 @@
-"""Checkpoints that were trained elsewhere, described and read. Nothing is unpickled, and no code of theirs runs.
+"""Checkpoints that were trained elsewhere, described and read. No code of theirs runs.
 
 Hugging Face weights go through TransformerLens's own conversion, unprocessed: no norm is folded and nothing is
 centred, as the LLC belongs to the parameters that were trained. Each converted model is held to its source's logits.
@@ -7,19 +7,19 @@ centred, as the LLC belongs to the parameters that were trained. Each converted 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
 from mechgrok.config import ModelConfig
-from mechgrok.errors import CheckpointError, ConfigError, MechgrokError
+from mechgrok.errors import CheckpointError, ConfigError, MechgrokError, first_line
 from mechgrok.model import build_model, fitted, model_from_parameters, shape_of
+from mechgrok.outside.tensor_files import read_tensors
 from mechgrok.types import Split
 
 BUFFER = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos)")  # no parameters
@@ -28,7 +28,18 @@ TABLE_TOLERANCE = 1e-2  # tables may have been saved in bfloat16
 
 
 @dataclass(frozen=True)
-class StateDicts:
+class _Noting:
+    """Something that was chosen or left out on the way, each told once."""
+
+    notes: list[str] = field(default_factory=list, init=False, compare=False)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class StateDicts(_Noting):
     """HookedTransformer state dicts by step. settings: the model's config as a dictionary, if it is known."""
 
     name: str
@@ -47,11 +58,9 @@ class StateDicts:
 
     def model_at(self, step: int, config: ModelConfig, split: Split) -> HookedTransformer:
         """The model at a step, in float32. Raises CheckpointError for a file that does not fit the config."""
-        path = self.files[step]
-        state = _tensors(path)
-        parameters = {name: tensor for name, tensor in state.items() if not BUFFER.fullmatch(name)}
+        path, state = self.files[step], self._state(step)
         try:
-            model = model_from_parameters(config, split, parameters)
+            model = model_from_parameters(config, split, _parameters(state))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}; correct [model] of the config and choose another --out") from None
         for name, buffer in model.named_buffers():
@@ -64,9 +73,25 @@ class StateDicts:
                 )
         return model
 
+    def parameters_at(self, step: int, model: ModelConfig | None, split: Split | None) -> dict[str, Tensor]:
+        """The parameters at a step, where a model is given those that fit it. Raises CheckpointError as `model_at`."""
+        if model is None or split is None:
+            return _parameters(self._state(step))
+        return dict(self.model_at(step, model, split).named_parameters())
+
+    def _state(self, step: int) -> dict[str, Tensor]:
+        path = self.files[step]
+        state = read_tensors(path, self.note)
+        for name, tensor in _parameters(state).items():
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{path}: {name} is {tensor.dtype}, which is no kind of weight; save it as float32"
+                )
+        return state
+
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(_Noting):
     """Models of transformers by step: (folder or name, what tells transformers which and where)."""
 
     name: str
@@ -87,29 +112,13 @@ class HuggingFace:
         Raises:
             CheckpointError: the files are damaged or incomplete, or the converted model has other logits.
         """
-        from transformers import AutoModelForCausalLM
-
-        source, options = self.where[step]
+        source, _ = self.where[step]
         settings, _ = self._described(step)
         with _foreign(self._at(step)):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                **options,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation="eager",  # config.json could name one that is code to download
-                output_loading_info=True,
-            )
-            theirs, report = loaded
-            # transformers would draw what is missing at random.
-            absent = sorted(report["missing_keys"]) + sorted(k for k in report["unexpected_keys"] if "weight" in k)
-            if absent:
-                raise CheckpointError(f"{self._at(step)} does not fit its config.json: {', '.join(absent[:4])}")
+            theirs = self._loaded(step)
             converted = loading.get_pretrained_state_dict(source, settings, theirs)
             complete = loading.fill_missing_keys(build_model(config, split, 0), converted)
-            parameters = {name: tensor for name, tensor in complete.items() if not BUFFER.fullmatch(name)}
-            model = model_from_parameters(config, split, parameters)
+            model = model_from_parameters(config, split, _parameters(complete))
             tokens = split.test.tokens[:4]
             with torch.no_grad():
                 same = _agree(model(tokens), theirs(tokens).logits, LOGIT_TOLERANCE)
@@ -119,6 +128,31 @@ class HuggingFace:
                 "logits; save HookedTransformer state dicts that are right and import those"
             )
         return model
+
+    def parameters_at(self, step: int, model: ModelConfig | None, split: Split | None) -> dict[str, Tensor]:
+        """The parameters at a step under their source's names. Raises CheckpointError for damaged files."""
+        with _foreign(self._at(step)):
+            return {name: parameter.detach() for name, parameter in self._loaded(step).named_parameters()}
+
+    def _loaded(self, step: int) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        source, options = self.where[step]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            **options,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="eager",  # config.json could name one that is code to download
+            output_loading_info=True,
+        )
+        theirs, report = loaded
+        # transformers would draw what is missing at random.
+        absent = sorted(report["missing_keys"]) + sorted(k for k in report["unexpected_keys"] if "weight" in k)
+        if absent:
+            raise CheckpointError(f"{self._at(step)} does not fit its config.json: {', '.join(absent[:4])}")
+        return theirs
 
     def _described(self, step: int) -> tuple[Any, ModelConfig]:
         """(TransformerLens's config, our shape) of the model at a step."""
@@ -163,16 +197,8 @@ def check_fits(source: Source, config: ModelConfig, split: Split, steps: Sequenc
             )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
-    for name, tensor in state.items():
-        if not BUFFER.fullmatch(name) and not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, which is no kind of weight; save it as float32")
-    return state
+def _parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not BUFFER.fullmatch(name)}
 
 
 def _agree(ours: Tensor, theirs: Tensor, within: float) -> bool:
@@ -181,11 +207,6 @@ def _agree(ours: Tensor, theirs: Tensor, within: float) -> bool:
 
 def _few(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{', '.join(map(str, steps[:3]))}, ..., {steps[-1]}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
