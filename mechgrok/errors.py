@@ -38,3 +38,7 @@ class UnhealthyEstimateError(MechgrokError):
 
 class AnalysisError(MechgrokError):
     """An analysis is unknown or does not apply to the task of the study."""
+
+
+class MeasureError(MechgrokError):
+    """A measure has no meaning on this model or these data, such as copying where classes are no tokens."""

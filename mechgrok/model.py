@@ -91,7 +91,8 @@ def scored_logits(
     """The logits of the last `n_scored` positions, [batch, scored, class], under the given hooks.
 
     After the last attention no position looks at another, so a hook drops the unscored ones there
-    and the MLP and the unembedding run on the scored ones only.
+    and the MLP and the unembedding run on the scored ones only. Where something of the caller's acts on the model,
+    all positions run to the end: a hook on the last MLP may count them.
     """
     cfg = model.cfg
     has_resid_mid = not (cfg.attn_only or cfg.parallel_attn_mlp)
@@ -106,12 +107,24 @@ def scored_logits(
             inputs = inputs[:, -n_scored:]
         if cfg.positional_embedding_type == "shortformer":  # which later layers need as well
             positions = model.W_pos[: inputs.shape[1]].expand(len(inputs), -1, -1)
-    return model.run_with_hooks(
+    dropping = [(point, drop_unscored)] if is_untouched(model) else []
+    logits = model.run_with_hooks(
         inputs,
         start_at_layer=start_at_layer,
         shortformer_pos_embed=positions,
-        fwd_hooks=[*fwd_hooks, (point, drop_unscored)],
+        fwd_hooks=[*fwd_hooks, *dropping],
     )
+    return logits[:, -n_scored:]
+
+
+def is_untouched(model: HookedTransformer) -> bool:
+    """Whether nothing of the caller's acts on a run: no hook on any module, and TransformerLens's own forward.
+
+    Else a run has to be a whole one, from the tokens to the logits: a hook may carry something from one point to a
+    later one (as those do that mask padding), and would act twice on what is read after it and put in before it.
+    """
+    own = type(model).forward is HookedTransformer.forward and "forward" not in vars(model)
+    return own and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def model_losses(model: HookedTransformer, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def composition_scores(model: HookedTransformer, rng: torch.Generator) -> dict[M
     """How much of what one head writes a later one reads as its keys, queries and values.
 
     |OV_1 M|_F / (|OV_1|_F |M|_F) with M = QK_2^T (K), QK_2 (Q), OV_2 (V): Elhage et al. 2021, by
-    `HookedTransformer.all_composition_scores`, on the weights as they are. It knows no LayerNorm and no positions.
+    `HookedTransformer.all_composition_scores`, on the weights as they are. It knows no LayerNorm, no positions and no
+    hooks. Heads that share keys and values have each those of their group.
     Chance is close to 1 / sqrt(d_model).
     """
     layer = torch.arange(model.cfg.n_layers)
