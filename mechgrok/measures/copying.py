@@ -93,8 +93,9 @@ def copying_scores(model: HookedTransformer, repeats: RepeatedTokens, queries: T
 def eigenvalue_copying(model: HookedTransformer, tokens: Sequence[int] | None = None) -> Tensor:
     """sum Re(lambda) / sum |lambda| over the eigenvalues of W_E W_V W_O W_U, in [-1, 1]: Float64[head].
 
-    1 for a head that raises every token's own logit. Chance is 0, by symmetry under W_O -> -W_O. NaN for a dead
-    head. Elhage et al. 2021, on the weights as they are: no scale, gain or bias of a LayerNorm.
+    1 for a head that raises every token's own logit. Chance is 0, by symmetry under W_O -> -W_O. NaN for a dead head,
+    and for all where a weight is not finite. Elhage et al. 2021, on the weights as they are: no scale, gain or bias of
+    a LayerNorm.
 
     The products are TransformerLens's FactoredMatrix, whose eigenvalues come from the d_head x d_head side.
 
@@ -116,7 +117,10 @@ def eigenvalue_copying(model: HookedTransformer, tokens: Sequence[int] | None = 
             f"copying compares token i with class i for ids below {min(n_tokens, n_classes)}, got {int(ids.min())} to "
             f"{int(ids.max())}; name ids that are both"
         )
-    eigenvalues = (model.W_E[ids] @ model.OV @ model.W_U[:, ids]).eigenvalues.to(torch.complex128)
+    read, written = model.W_E[ids], model.W_U[:, ids]
+    if not all(bool(torch.isfinite(weight).all()) for weight in (read, model.W_V, model.W_O, written)):
+        return torch.full((model.cfg.n_layers * model.cfg.n_heads,), float("nan"), dtype=torch.float64)
+    eigenvalues = (read @ model.OV @ written).eigenvalues.to(torch.complex128)
     return (eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1)).flatten()
 
 
