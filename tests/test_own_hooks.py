@@ -27,7 +27,7 @@ from tests.all_measures import (
     scores,
 )
 
-Edit = Callable[[HookedTransformer], None]
+Edit = Callable[[HookedTransformer], object]
 SHAPES = {"mlp": {}, "LN, attention only": {"normalization_type": "LN", "attn_only": True, "d_mlp": None}}
 POINTS = (
     "hook_embed", "blocks.0.hook_resid_pre", "blocks.0.attn.hook_z", "blocks.0.hook_attn_out", "blocks.1.attn.hook_k",
@@ -52,14 +52,17 @@ def scaled(model: HookedTransformer, factor: float, *names: str) -> HookedTransf
     return model
 
 
-def halved_stream(model: HookedTransformer) -> HookedTransformer:
-    """What enters layer 1 is half: what is written before is, and layer 0 reads twice as much of it."""
-    layer = "blocks.0"
-    written = ["embed.W_E", "pos_embed.W_pos", *(f"{layer}.{name}" for name in (
-        "attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out"
-    ))]  # fmt: skip
-    scaled(model, 0.5, *written)
-    return scaled(model, 2.0, *(f"{layer}.{name}" for name in ("attn.W_Q", "attn.W_K", "attn.W_V", "mlp.W_in")))
+def halved_before(layer: int) -> Edit:
+    """What enters a layer is half: what is written before is, and the layers before read twice as much of it."""
+    before = [f"blocks.{earlier}" for earlier in range(layer)]
+    writers, readers = (
+        [f"{block}.{name}" for block in before for name in names]
+        for names in (
+            ("attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out"),
+            ("attn.W_Q", "attn.W_K", "attn.W_V", "mlp.W_in"),
+        )
+    )
+    return lambda model: scaled(scaled(model, 0.5, "embed.W_E", "pos_embed.W_pos", *writers), 2.0, *readers)
 
 
 # A hook, and the model without it that computes the same.
@@ -75,7 +78,8 @@ TWINS = {
         "blocks.2.attn.hook_v", -2.0, lambda m: scaled(m, -2.0, "blocks.2.attn.W_V", "blocks.2.attn.b_V"),
     ),
     "no last MLP": ("blocks.2.hook_mlp_out", 0.0, lambda m: scaled(m, 0.0, "blocks.2.mlp.W_out", "blocks.2.mlp.b_out")),
-    "half of the stream": ("blocks.1.hook_resid_pre", 0.5, halved_stream),
+    "half of the stream": ("blocks.1.hook_resid_pre", 0.5, halved_before(1)),
+    "half of the stream, late": ("blocks.2.hook_resid_pre", 0.5, halved_before(2)),
 }  # fmt: skip
 
 
