@@ -1,6 +1,7 @@
 """What an analysis is, and `run`: the one loop over checkpoints, and the chance level of every claim."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -65,23 +66,31 @@ def load(name: str) -> Analysis:
     return cast(Analysis, importlib.import_module(f"analyses.{name}"))
 
 
-def check(names: Sequence[str], config: RunConfig) -> None:
-    """Raise AnalysisError, before any work, if one of these is unknown or cannot read the configured task or model."""
-    if len(set(names)) < len(names):
-        raise AnalysisError(f"analyses come twice: {', '.join(names)}; give each once")
-    asked = [load(name) for name in names]
-    for analysis in asked:
-        _check_task(analysis, config.task.name)
-    split = make_split(config.task, config.seed)
-    # What cannot be computed shows on a few rows at once.
-    model, few = build_model(config.model, split, config.seed), with_kinds(split.first(FEW_ROWS))
-    for analysis in asked:
-        _prepared(analysis, model, few)
-
-
-def _check_task(analysis: Analysis, task: str) -> None:
+def applicable(name: str, task: str) -> Analysis:
+    """The analysis module of that name. Raises AnalysisError for an unknown one, or one of other tasks."""
+    analysis = load(name)
     if task not in analysis.TASKS:
         raise AnalysisError(f"analysis {analysis.NAME!r} applies to {', '.join(analysis.TASKS)}, not to {task!r}")
+    return analysis
+
+
+def check(names: Sequence[str], config: RunConfig) -> None:
+    """Raise before any work if one of these is unknown or cannot read the configured task or model.
+
+    What cannot be computed shows at once: each is made of the untrained model on a few rows.
+
+    Raises:
+        AnalysisError, MeasureError, ShapeError: what is missing.
+    """
+    if len(set(names)) < len(names):
+        raise AnalysisError(f"analyses come twice: {', '.join(names)}; give each once")
+    asked = [applicable(name, config.task.name) for name in names]
+    split = make_split(config.task, config.seed)
+    model, few = build_model(config.model, split, config.seed), with_kinds(split.first(FEW_ROWS))
+    for analysis in asked:
+        with warnings.catch_warnings(action="ignore"):  # a few rows need not hold every kind of token
+            facts = _prepared(analysis, model, few)
+            analysis.measure(model, few, seeds.stream(config.seed, "check", analysis.NAME), facts)
 
 
 def _prepared(analysis: Analysis, model: HookedTransformer, split: Split) -> dict[str, Any]:
@@ -103,8 +112,7 @@ def run(name: str, study: Study, n_workers: int = 1) -> Report:
     Raises:
         AnalysisError: an unknown analysis, or one that does not apply to the study's task.
     """
-    analysis = load(name)
-    _check_task(analysis, study.config.task.name)
+    analysis = applicable(name, study.config.task.name)
     trusted = trusted_steps(study)
     final, steps = study.trajectory.model_at(trusted[-1]), np.array(trusted)
     split = with_kinds(study.split)

@@ -2,7 +2,9 @@
 
 Key frequencies are fixed from the final checkpoint (`measures.fourier.key_frequencies`) and applied
 to all. Restricted loss is on test pairs, excluded loss on training pairs; the projections use all
-p^2 inputs, so the excluded loss has seen the test inputs too (not their answers).
+p^2 inputs, so the excluded loss has seen the test inputs too (not their answers). Where the model has more classes than
+residues, losses are over all of them, as in training, and spectra and R^2 over the residues. W_E and W_L are of the
+weights: no norm and no hook is in them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +24,12 @@ from mechgrok.types import Claim, LLCCurve, Report, Split, Stage, Study
 
 NAME = "fourier"
 TASKS = ("modular-addition",)
+ROWS = 2**12  # of all pairs at once
 
 
 def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
     """The key frequencies of the final model."""
-    return {"key_frequencies": fourier.key_frequencies(_neuron_logit_map(model))}
+    return {"key_frequencies": fourier.key_frequencies(_neuron_logit_map(model, split.n_classes))}
 
 
 def measure(
@@ -37,7 +40,7 @@ def measure(
     logits, activations, is_train = _on_all_pairs(model, split)
     targets = np.add.outer(np.arange(p), np.arange(p)).flatten() % p
     embedding = model.W_E[:p].detach().double().numpy()
-    neuron_map = _neuron_logit_map(model)
+    neuron_map = _neuron_logit_map(model, p)
     fve = fourier.neuron_fve(activations, p)
     best = fve.argmax(1) + 1
     clustered = fve.max(1) > fourier.FVE_CLUSTERED
@@ -70,6 +73,10 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
 
     def gain(name: str) -> Callable[[Stage], float]:
         return lambda stage: concentration(series, name, stage)
+
+    def shrinkage(stage: Stage) -> float:
+        size = at(series, "squared_weights", stage.start)
+        return change(series, "squared_weights", stage) / size if size > 0 else float("nan")
 
     def u_shape(stage: Stage) -> float:
         inside = (series["step"] >= stage.start) & (series["step"] <= stage.end)
@@ -117,8 +124,7 @@ def conclude(series: Series, stages: Sequence[Stage], curve: LLCCurve) -> list[C
         ),
         claim(
             "squared weights shrink while the LLC falls (relative change)",
-            falling, lambda s: change(series, "squared_weights", s) / at(series, "squared_weights", s.start),
-            -0.1, "<=",
+            falling, shrinkage, -0.1, "<=",
         ),
     ]  # fmt: skip
 
@@ -155,26 +161,32 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
 
 
 def _halved(series: Series, name: str) -> float:
-    """The step from which a loss stays below half of its largest value, NaN if it never does."""
+    """The step from which a loss stays below half of its largest value, NaN if it never does or is not known."""
     grid = np.linspace(0, np.log1p(series["step"][-1]), 2000)
     values = np.interp(grid, np.log1p(series["step"]), series[name])
-    above = np.flatnonzero(values > 0.5 * values.max())
-    return float(np.expm1(grid[above[-1] + 1])) if above[-1] + 1 < len(grid) else float("nan")
+    first = np.flatnonzero(~(values <= 0.5 * values.max()))[-1] + 1
+    return float(np.expm1(grid[first])) if first < len(grid) else float("nan")
 
 
-def _neuron_logit_map(model: HookedTransformer) -> np.ndarray:
-    """W_L: what each neuron of the last layer adds to each logit, [p, d_mlp] (W_U W_out in the paper's order)."""
+def _neuron_logit_map(model: HookedTransformer, p: int) -> np.ndarray:
+    """W_L: what each neuron of the last layer adds to each residue's logit, [p, d_mlp] (W_U W_out in the paper)."""
     if model.cfg.attn_only:
         raise AnalysisError("the fourier analysis reads neurons, and this model is attention-only; give it an MLP")
-    return (model.W_out[-1] @ model.W_U).detach().double().numpy().T
+    return (model.W_out[-1] @ model.W_U[:, :p]).detach().double().numpy().T
 
 
 @torch.no_grad()
 def _on_all_pairs(model: HookedTransformer, split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits [p^2, p], neuron activations [p^2, d_mlp] and is_train [p^2], in the order a * p + b."""
-    tokens = (split.train + split.test).tokens
-    order = torch.argsort(tokens[:, 0] * split.n_classes + tokens[:, 1])
-    is_train = (torch.arange(len(tokens)) < len(split.train))[order].numpy()
+    """Logits [p^2, class], neuron activations [p^2, d_mlp] and is_train [p^2], in the order a * p + b."""
+    p, train = split.n_classes, split.train.tokens
+    is_train = torch.zeros(p * p, dtype=torch.bool)
+    is_train[train[:, 0] * p + train[:, 1]] = True
+    operands = torch.cartesian_prod(torch.arange(p), torch.arange(p))
+    tokens = torch.cat([operands, train[:1, 2:].expand(p * p, -1)], dim=1)
     hook_post = f"blocks.{model.cfg.n_layers - 1}.mlp.hook_post"
-    logits, cache = model.run_with_cache(tokens[order], names_filter=hook_post)
-    return cast(Tensor, logits)[:, -1].double().numpy(), cache[hook_post][:, -1].double().numpy(), is_train
+    rows = []
+    for block in tokens.split(ROWS):
+        logits, cache = model.run_with_cache(block, names_filter=hook_post)
+        rows.append((cast(Tensor, logits)[:, -1].double(), cache[hook_post][:, -1].double()))
+    every = [torch.cat(of).numpy() for of in zip(*rows, strict=True)]
+    return every[0], every[1], is_train.numpy()

@@ -58,7 +58,7 @@ def prepare(model: HookedTransformer, split: Split) -> dict[str, Any]:
 def measure(
     model: HookedTransformer, split: Split, rng: torch.Generator, facts: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """{"weight_norm": of each head's W_Q, W_K, W_V and W_O together, [head]}."""
+    """{"weight_norm": of each head's W_Q, W_K, W_V and W_O together, [head]}; shared keys and values count for each."""
     weights = (model.W_Q, model.W_K, model.W_V, model.W_O)
     squares = sum(weight.detach().double().square().sum((-2, -1)) for weight in weights)
     assert isinstance(squares, torch.Tensor)

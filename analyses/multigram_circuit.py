@@ -309,7 +309,7 @@ def tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
     ]
     pairs = [f"{sender} -> {receiver}" for sender in senders for receiver in receivers]
     composition = [
-        [mode, _number(np.nanmean(last[f"{mode}-composition"])), _largest(pairs, last[f"{mode}-composition"].ravel())]
+        [mode, _number(_mean(last[f"{mode}-composition"])), _largest(pairs, last[f"{mode}-composition"].ravel())]
         for mode in (MODES if receivers else ())
     ]
     shown = {
@@ -345,7 +345,8 @@ def plot(report: Report, study: Study) -> dict[str, Figure]:
         direct.plot(report.steps, series["direct"][:, :, i].sum(1), lw=1, label=kind)
     layers, (composition, reference) = plotting.panels(2)
     for mode in MODES if "path" in series else ():
-        composition.plot(report.steps, series[f"{mode}-composition"].max((1, 2)), lw=1, label=mode)
+        of_pairs = series[f"{mode}-composition"].reshape(len(report.steps), -1)
+        composition.plot(report.steps, np.fmax.reduce(of_pairs, axis=1), lw=1, label=mode)  # without dead heads
     for layer in (0, 1) if len(found["reference_step"]) else ():
         llc, error = found["reference_llc"][layer], 1.96 * found["reference_error"][layer]
         reference.errorbar(found["reference_step"], llc, error, lw=1, marker="o", markersize=3, label=f"layer {layer}")
@@ -370,6 +371,12 @@ def _largest(names: Sequence[str], values: np.ndarray) -> str:
         return "–"
     best = int(np.nanargmax(values))
     return f"{names[best]}: {values[best]:.2g}"
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is finite: a pair with a dead head has no composition."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _pair(value: float, error: float) -> str:

@@ -320,7 +320,8 @@ def _attention(study: Study) -> dict[str, Any]:
     labels = [html.escape(study.split.labels[token]) for token in tokens[0].tolist()]
     names = head_names(model)
     pattern = np.concatenate(patterns).round(4)
-    props = convert_props({"attention": pattern, "tokens": labels, "attentionHeadNames": names, "maskUpperTri": True})
+    causal = model.cfg.attention_dir == "causal"  # else what is above the diagonal is shown as well
+    props = convert_props({"attention": pattern, "tokens": labels, "attentionHeadNames": names, "maskUpperTri": causal})
     script = (resources.files(circuitsvis) / "dist/cdn/iife.js").read_text().replace("</script>", "")
     whole = len(labels) == study.split.test.tokens.shape[1]
     text = " ".join(study.split.labels[token] for token in tokens[0].tolist())

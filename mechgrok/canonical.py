@@ -17,8 +17,9 @@ from mechgrok.plain import why_not_plain
 
 _KNOWN = re.compile(
     r"embed\.W_E|pos_embed\.W_pos|ln_final\.[wb]|unembed\.[Wb]_U"
-    r"|blocks\.\d+\.(ln[12]\.[wb]|attn\.[Wb]_[QKVO]|mlp\.(W_gate|[Wb]_in|[Wb]_out))"
+    r"|blocks\.\d+\.(ln[12]\.[wb]|attn\._?[Wb]_[QKVO]|mlp\.(W_gate|[Wb]_in|[Wb]_out))"
 )
+_NORM = re.compile(r"ln_final|blocks\.\d+\.ln[12]")
 _WRITER = re.compile(r"embed\.W_E|blocks\.\d+\.(attn\.[Wb]_O|mlp\.[Wb]_out)")
 # The two sides of each product inside a head.
 _BALANCED = ((("W_Q", "b_Q"), ("W_K", "b_K")), (("W_V", "b_V"), ("W_O",)))
@@ -37,7 +38,8 @@ def canonicalize(model: HookedTransformer) -> HookedTransformer:
     2. Whatever writes to the residual stream is multiplied by s = 1 / rms of the row norms of W_E, and the
        eps of every norm by s^2; without norms the weights that read the stream are divided by s.
     3. In each head (W_Q, b_Q) and (W_K, b_K) get the same Frobenius norm, their geometric mean; so do
-       (W_V, b_V) and W_O. A head with a zero on one side is left alone.
+       (W_V, b_V) and W_O. A head with a zero on one side is left alone. Heads that share keys and values have one
+       scale together, so there the queries, and the W_O, of all heads of a group are one side.
 
     Names, shapes and dtype stay, so component masks stay valid; running it again changes only rounding.
     eps is no parameter, so weights saved from the copy do not carry it. Only these scales are fixed: not, say,
@@ -52,7 +54,7 @@ def canonicalize(model: HookedTransformer) -> HookedTransformer:
     # Not TransformerLens' fold_ln: it changes the norm's type and drops its parameters.
     result = copy.deepcopy(model)
     values = {name: parameter.detach().double() for name, parameter in result.named_parameters()}
-    readers = _readers(result)
+    readers = _readers(result, values)
     for norm, weights in readers.items():
         # Shortformer adds W_pos between ln1 and W_Q, W_K. All layers share it, so no gain can move past it.
         if not (norm.endswith("ln1") and result.cfg.positional_embedding_type == "shortformer"):
@@ -60,7 +62,8 @@ def canonicalize(model: HookedTransformer) -> HookedTransformer:
     _scale_residual_stream(result, values, readers)
     for layer in range(result.cfg.n_layers):
         for one, other in _BALANCED:
-            _balance(values, *([f"blocks.{layer}.attn.{leaf}" for leaf in side] for side in (one, other)))
+            sides = [[_in_attention(values, layer, leaf) for leaf in side] for side in (one, other)]
+            _balance(values, *sides)
     for name, parameter in result.named_parameters():
         parameter.copy_(values[name])
     return result
@@ -77,8 +80,8 @@ def _check(model: HookedTransformer) -> None:
         wrong.append("gated_mlp with LayerNorm biases")
     if (more := why_not_plain(model)) is not None:  # the gauge leaves the function of weights and cfg alone as it was
         wrong.append(f"more to it than weights and cfg: {more}")
-    norms = {type(model.get_submodule(norm)) is torch.nn.Identity for norm in _readers(model)} if not wrong else set()
-    if len(norms) > 1 or norms == {cfg.normalization_type is not None}:
+    norms = [type(part) for name, part in model.named_modules() if _NORM.fullmatch(name)]
+    if any((norm is torch.nn.Identity) == (cfg.normalization_type is not None) for norm in norms):
         wrong.append("norms at some places only")
     if wrong:
         raise ConfigError(f"there is no canonical gauge for a model with {wrong[0]}; leave canonicalize out")
@@ -87,11 +90,17 @@ def _check(model: HookedTransformer) -> None:
         raise ConfigError(f"W_E has norm {size}, so it cannot set the scale of the model; leave canonicalize out")
 
 
-def _readers(model: HookedTransformer) -> Readers:
+def _in_attention(values: Values, layer: int, leaf: str) -> str:
+    """The parameter's name; keys and values that heads share bear an underscore in TransformerLens."""
+    shared = f"blocks.{layer}.attn._{leaf}"
+    return shared if shared in values else f"blocks.{layer}.attn.{leaf}"
+
+
+def _readers(model: HookedTransformer, values: Values) -> Readers:
     readers: Readers = {"ln_final": ["unembed.W_U"]}
     for layer in range(model.cfg.n_layers):
         block = f"blocks.{layer}"
-        readers[f"{block}.ln1"] = [f"{block}.attn.W_{x}" for x in "QKV"]
+        readers[f"{block}.ln1"] = [_in_attention(values, layer, f"W_{x}") for x in "QKV"]
         if not model.cfg.attn_only:
             readers[f"{block}.ln2"] = [f"{block}.mlp.W_{x}" for x in ["in"] + ["gate"] * model.cfg.gated_mlp]
     return readers
@@ -127,8 +136,13 @@ def _scale_residual_stream(model: HookedTransformer, values: Values, readers: Re
 
 
 def _balance(values: Values, one: list[str], other: list[str]) -> None:
-    first, second = (torch.cat([values[name].flatten(1) for name in side], 1).norm(dim=1) for side in (one, other))
+    n_groups = min(len(values[name]) for name in (*one, *other))  # heads, or what they share keys and values in
+    first, second = (
+        torch.cat([values[name].flatten(1) for name in side], 1).reshape(n_groups, -1).norm(dim=1)
+        for side in (one, other)
+    )
     factor = torch.where((first > 0) & (second > 0), (second / first).sqrt(), 1.0)
     for side, by in ((one, factor), (other, 1 / factor)):
         for name in side:
-            values[name] = by.view(-1, *[1] * (values[name].ndim - 1)) * values[name]
+            of_heads = by.repeat_interleave(len(values[name]) // n_groups)
+            values[name] = of_heads.view(-1, *[1] * (values[name].ndim - 1)) * values[name]

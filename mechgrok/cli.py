@@ -236,7 +236,7 @@ def _analyse(
 
     names = list(dict.fromkeys(names))
     for name in names:
-        contract.load(name)
+        contract.applicable(name, study.config.task.name)
     reports = []
     for done, name in enumerate(names):
         progress("analysing", done, len(names))

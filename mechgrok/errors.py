@@ -44,6 +44,10 @@ class AnalysisError(MechgrokError):
     """An analysis is unknown or does not apply to the task of the study."""
 
 
+class MeasureError(MechgrokError):
+    """A measure has no meaning on this model or these data, such as copying where classes are no tokens."""
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

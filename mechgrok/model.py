@@ -93,8 +93,8 @@ def scored_logits(
     """The logits of the last `n_scored` positions, [batch, scored, class], under the given hooks.
 
     After the last attention no position looks at another, so a hook drops the unscored ones there
-    and the MLP and the unembedding run on the scored ones only: of a model of known parts without hooks, as others may
-    go by positions. drop: whether it is such a model, None to look.
+    and the MLP and the unembedding run on the scored ones only. Where something of the caller's acts on the model,
+    all positions run to the end: a hook on the last MLP may count them. drop: whether nothing does, None to look.
     """
     cfg = model.cfg
     positions = None

@@ -141,27 +141,28 @@ def test_untrained_models_are_at_chance() -> None:
     assert abs(float(copying.eigenvalue_copying(model).mean())) < 0.35  # eight heads, each near 0 +- .3
 
 
-def test_the_spread_is_that_of_shuffled_attention() -> None:
+@pytest.mark.parametrize(("direction", "n_seen"), [("causal", 21), ("bidirectional", 24)])
+def test_the_spread_is_that_of_shuffled_attention(direction: str, n_seen: int) -> None:
     """One weight pattern per row, shuffled: the score's standard deviation over shuffles is the stated one."""
     model, rng = hand_built_model(), seeds.stream(3)
+    model.cfg.attention_dir = direction
     n_rows = 16
     rows = hand_built.full_rows(n_rows, rng)
     at = torch.zeros(n_rows, 24, 24, dtype=torch.bool)
     at[:, 20, 5] = True  # one query a row, so that nothing is said about queries of one row
-    weights = torch.rand(21, generator=rng)
+    weights = torch.rand(n_seen, generator=rng)
     scores = []
     for _ in range(400):
         shuffled = torch.zeros(n_rows, 4, 24, 24)
         for row in range(n_rows):
-            shuffled[row, :, 20, :21] = weights[torch.randperm(21, generator=rng)] / weights.sum()
+            shuffled[row, :, 20, :n_seen] = weights[torch.randperm(n_seen, generator=rng)] / weights.sum()
         with model.hooks([("blocks.0.attn.hook_pattern", lambda pattern, hook, new=shuffled: new)]):
             found = attention._scores(model, rows, {"k": lambda tokens: at}, at.any(-1))["k"]
         scores.append(float(found.score[0]))
     sample = torch.tensor(scores)
     assert float(found.spread[0]) == pytest.approx(float(sample.std()), rel=0.12)
-    assert (
-        found.chance == pytest.approx(1 / 21) == pytest.approx(float(sample.mean()), abs=4 * float(sample.std()) / 20)
-    )
+    assert found.chance == pytest.approx(1 / n_seen)
+    assert float(sample.mean()) == pytest.approx(1 / n_seen, abs=4 * float(sample.std()) / 20)
 
 
 def test_rows_are_scored_alike_in_one_chunk_or_many(model, monkeypatch) -> None:

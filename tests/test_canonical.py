@@ -179,6 +179,35 @@ def test_gated_and_parallel_blocks_and_rms_norms_keep_their_function(norm, posit
             assert bool((canonical.blocks[1].ln2.w == 1).all())
 
 
+@pytest.mark.parametrize("n_shared", [1, 2, 4])
+@pytest.mark.parametrize("norm", ["LN", None])
+def test_heads_that_share_keys_and_values_have_one_scale_together(norm: str | None, n_shared: int) -> None:
+    """The same function; queries against the keys that they meet, and the same weights whatever the scales were."""
+    model = build(norm, n_heads=4, n_key_value_heads=n_shared)
+    canonical = canonicalize(model)
+    assert_same_logits(model, canonical, 1e-10)
+    attn = canonical.blocks[0].attn
+    sides = (
+        ([attn.W_Q, attn.b_Q], [attn._W_K, attn._b_K]),
+        ([attn._W_V, attn._b_V], [attn.W_O]),
+    )
+    for one, other in sides:
+        norms = [
+            sum(part.detach().square().reshape(n_shared, -1).sum(1) for part in side).sqrt() for side in (one, other)
+        ]
+        torch.testing.assert_close(*norms, rtol=1e-10, atol=0)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        own, by = scaled.blocks[0].attn, torch.linspace(0.2, 3.0, n_shared, dtype=torch.float64)
+        for parts, factor in (
+            ((own._W_K, own._b_K), by),
+            ((own.W_Q, own.b_Q), 1 / by.repeat_interleave(4 // n_shared)),
+        ):
+            for part in parts:
+                part.mul_(factor.view(-1, *[1] * (part.ndim - 1)))
+    assert_same_weights(canonical, canonicalize(scaled), 1e-10)
+
+
 def test_the_given_model_is_untouched_and_the_result_is_independent_of_it() -> None:
     model = build("LN")
     model(TOKENS).sum().backward()
@@ -214,7 +243,6 @@ def test_a_dead_head_is_left_alone(dead, alive, power) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_key_value_heads": 1}, "blocks.0.attn._W_K"),
         ({"normalization_type": "RMS", "use_normalization_before_and_after": True}, "blocks.0.ln1_post.w"),
         ({"use_qk_norm": True}, "q_norm"),
         ({"post_embedding_ln": True}, "embed.ln.w"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from analyses import fourier as analysis
 from mechgrok import seeds
+from mechgrok.config import ModelConfig
 from mechgrok.errors import AnalysisError
 from mechgrok.measures import fourier
 from mechgrok.model import build_model, evaluate
@@ -158,3 +159,25 @@ def test_all_pairs_come_in_order_with_their_side() -> None:
         np.testing.assert_allclose(logits[index], model(tokens)[0, -1].detach().numpy(), rtol=1e-5, atol=1e-6)
         assert bool((split.train.tokens == tokens).all(1).any()) == bool(is_train[index])
     assert activations.shape == (49, 16)
+
+
+@pytest.mark.parametrize("n_more", [1, 9])
+def test_classes_beyond_the_residues_are_in_the_losses_and_in_no_wave(planted, n_more: int) -> None:
+    """A model that may also answer "=": the same circuit, and some logits more."""
+    config = ModelConfig(n_layers=1, d_model=12, n_heads=1, d_head=6, d_mlp=27, init_std=0.3, d_vocab_out=P + n_more)
+    split = planted["split"]
+    model = build_model(config, split, 0)
+    own = dict(planted["model"].named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            wide = name.startswith("unembed")
+            parameter[..., :P].copy_(own[name]) if wide else parameter.copy_(own[name])
+    facts = analysis.prepare(model, split)
+    row = analysis.measure(model, split, None, facts)
+    assert facts == planted["facts"]
+    for name in ("logit_r2", "neuron_logit_spectrum", "gini_W_L", "embedding_spectrum"):
+        np.testing.assert_allclose(row[name], planted["row"][name], rtol=1e-6, atol=1e-9)
+    for name, side in (("train_loss", split.train), ("test_loss", split.test)):
+        assert row[name] == pytest.approx(evaluate(model, side)[0], rel=1e-6)
+        assert row[name] > planted["row"][name]  # what else may be said costs something
+    assert row["excluded_loss"] > np.log(P) > 0.05 > row["restricted_loss"]

@@ -89,6 +89,8 @@ def run_memorized(
     monkeypatch.setattr(measure, "position_losses", lambda *_: loss)
     monkeypatch.setattr(measure, "position_ablations", lambda *_: added)
     monkeypatch.setattr(measure, "_attention", lambda *_: iter([np.stack([pattern] * len(knows))]))
+    monkeypatch.setattr(measure, "check_causal", lambda *_: None)
+    monkeypatch.setattr(measure, "_n_visible", lambda *_: np.tile(np.arange(length) + 1, (n, 1)))
     found = memorized(None, split.test, split.labels, split.bos, "mean", seeds.stream(0, "x"))  # type: ignore[arg-type]
     for memory in found:
         assert (memory.at_multigrams > 0) == bool(memory.multigrams)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from transformer_lens import HookedTransformer
 
 import analyses
 from analyses import contract, render
@@ -134,3 +135,16 @@ def test_pictures_span_what_is_drawn_and_shade_what_stages_cover() -> None:
     _, (empty,) = plotting.panels(1)
     plotting.developmental_axis(empty, [], "LLC")
     assert empty.get_xlim() == (0, 1)
+
+
+@pytest.mark.parametrize(("direction", "hidden"), [("causal", True), ("bidirectional", False)])
+def test_attention_to_later_positions_is_shown_where_there_is_any(a_run: tuple, direction: str, hidden: bool) -> None:
+    study: Study = a_run[1]
+
+    def load(step: int) -> HookedTransformer:
+        model = study.trajectory.model_at(step)
+        model.cfg.attention_dir = direction
+        return model
+
+    shown = render._attention(replace(study, trajectory=replace(study.trajectory, load=load)))
+    assert json.loads(shown["props"])["maskUpperTri"] is hidden

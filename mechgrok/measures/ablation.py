@@ -1,7 +1,11 @@
-"""Ablation of single heads at hook_z: how much the loss grows when a head's output is replaced."""
+"""Ablation of single heads at hook_z: how much the loss grows when a head's output is replaced.
+
+A hook of the caller's on the model acts in every run, once, and at hook_z before the replacement. Heads that share keys
+and values have outputs of their own, so grouped queries change nothing here.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +15,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.measures.in_context import position_losses
+from mechgrok.measures.streams import is_plain, put
 from mechgrok.model import FwdHook
+from mechgrok.plain import is_untouched
 from mechgrok.types import Examples
 
 AblationKind = Literal["zero", "mean", "resample"]
@@ -115,7 +121,7 @@ def _losses_with(
     """Every position's loss with something in place of one head's z, [example, pos, d_head].
 
     Only what comes after is run: the next layer on, where the head's output is added to what leaves its own, else its
-    own layer on.
+    own layer on; all of it, where something of the caller's acts on the model.
     """
     cfg, frozen = model.cfg, list[str]()
     if kind == "pattern-preserving":  # a head's ablation changes no pattern before the next layer's
@@ -123,9 +129,9 @@ def _losses_with(
 
     def patterns(rows: slice) -> list[FwdHook]:
         found = _clean(model, examples.tokens[rows], frozen, cfg.n_layers - 1) if frozen else {}
-        return [(name, _put(pattern)) for name, pattern in found.items()]
+        return [(name, put(pattern)) for name, pattern in found.items()]
 
-    if cfg.attn_only and not cfg.use_normalization_before_and_after:
+    if cfg.attn_only and is_plain(model):
         change = (instead - clean.z[layer][:, :, head]) @ model.W_O[layer, head]
         return position_losses(model, examples, patterns, clean.resid[layer + 1] + change, layer + 1)
     point = f"blocks.{layer}.attn.hook_z"
@@ -133,11 +139,9 @@ def _losses_with(
     def hooks(rows: slice) -> list[FwdHook]:
         return [put_head(point, head, instead[rows]), *patterns(rows)]
 
+    if not is_untouched(model):
+        return position_losses(model, examples, hooks)
     return position_losses(model, examples, hooks, clean.resid[layer], layer)
-
-
-def _put(instead: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
-    return lambda _, hook: instead
 
 
 def _clean(model: HookedTransformer, tokens: Tensor, names: Sequence[str], layer: int) -> dict[str, Tensor]:

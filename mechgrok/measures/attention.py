@@ -1,7 +1,9 @@
 """Where heads attend: previous, current, first and earlier equal tokens, and what followed an equal token.
 
 Every score comes with its chance level on the very same queries, and with the spread that a head as sharp as
-this one has when it attends to unrelated positions. Heads are ordered layer-major.
+this one has when it attends to unrelated positions. Heads are ordered layer-major. What is visible is asked of the
+model (`needs.visible_positions`), so the chance is right for causal, bidirectional and windowed attention, and beside
+hooks that mask padding.
 
 TransformerLens's `head_detector` supplies the patterns to look for. Its `detect_head` cannot be called here: it
 wants text and a tokenizer, one row shorter than n_ctx at a time, scores all queries alike instead of those
@@ -23,6 +25,7 @@ from transformer_lens.head_detector import (
 from transformer_lens.hook_points import HookPoint
 
 from mechgrok.errors import ShapeError
+from mechgrok.measures.needs import check_fits, visible_positions
 from mechgrok.model import shares
 from mechgrok.types import Examples
 
@@ -38,7 +41,8 @@ Keys = Callable[[Tensor], Tensor]  # tokens Int[row, pos] -> Bool[row, query, ke
 class AttentionScores:
     """Mean attention of every head to the keys of one kind, over the queries that have such a key.
 
-    score: Float64[head]. chance: the score of uniform attention over the visible positions, on the same queries.
+    score: Float64[head]. chance: the score of uniform attention over the visible positions, on the same queries: the
+    mean of (visible keys of the kind) / (visible positions).
     spread: Float64[head], the standard deviation of the score if each query's weights were shuffled over its
     visible positions, alike for all queries of a row (so that a head with a fixed offset is not thought sure), and
     independently between rows. NaN where no query has such a key.
@@ -155,6 +159,7 @@ def _rows(pattern: Callable[[Tensor], Tensor]) -> Keys:
 def _scores(
     model: HookedTransformer, examples: Examples, kinds: Mapping[str, Keys], queries: Tensor | None = None
 ) -> dict[str, AttentionScores]:
+    check_fits(model, examples)
     tokens = examples.tokens
     n_rows, n_pos = tokens.shape
     if queries is None:
@@ -186,11 +191,12 @@ def _chunk_sums(
     model: HookedTransformer, tokens: Tensor, queries: Tensor, kinds: Mapping[str, Keys]
 ) -> dict[str, _Sums]:
     cfg = model.cfg
-    visible = torch.arange(1, tokens.shape[1] + 1, dtype=torch.float64)
+    can_see = visible_positions(model, tokens)
+    visible = can_see.sum(-1).clamp(min=1).double()  # [row, query]
     empty = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64)
     masks, sums = {}, {}
     for name, keys in kinds.items():
-        mask = keys(tokens)
+        mask = keys(tokens) & can_see
         counted = mask.any(-1) & queries
         masks[name] = mask & counted[..., None]
         chance = float((masks[name].sum(-1) / visible).sum())
@@ -198,10 +204,11 @@ def _chunk_sums(
 
     def read(pattern: Tensor, hook: HookPoint) -> None:
         concentration = pattern.square().sum(-1, dtype=torch.float64)  # [row, head, query]
-        single = (concentration / visible - visible**-2).clamp(min=0)  # variance of one weight among its row's
+        among = visible[:, None]
+        single = (concentration / among - among**-2).clamp(min=0)  # variance of one weight among its row's
         for name, mask in masks.items():
             n_keys = mask.sum(-1)[:, None]  # [row, 1, query], 0 where the query is not counted
-            drawn = n_keys * (visible - n_keys) / (visible - 1).clamp(min=1)  # without replacement
+            drawn = n_keys * (among - n_keys) / (among - 1).clamp(min=1)  # without replacement
             sums[name].hit[hook.layer()] += torch.einsum("bhqk,bqk->h", pattern, mask.to(pattern.dtype)).double()
             sums[name].variance[hook.layer()] += (drawn * single).sqrt().sum(-1).square().sum(0)
 

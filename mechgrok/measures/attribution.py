@@ -1,11 +1,17 @@
 """Direct logit attribution: what every head and every other part adds to the right logit."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok.errors import MeasureError
+from mechgrok.measures.needs import check_fits
 from mechgrok.model import blocks
 from mechgrok.types import Examples
+
+ROUNDING = 1e-3  # of the terms' size; what float32 and a norm's scale leave is a hundred times less
 
 
 @torch.no_grad()
@@ -20,7 +26,14 @@ def direct_attributions(model: HookedTransformer, examples: Examples) -> dict[st
     `ActivationCache.logit_attrs` on `stack_head_results` gives the same for models without a gain (a test holds them
     equal). It is not used because it leaves out the gain and the biases, and holds an array [example, pos, head,
     d_head, d_model] on the way.
+
+    The heads' parts are z W_O, read off the weights. That the terms do sum to the model's difference is checked.
+
+    Raises:
+        MeasureError: they do not, as where a norm or a hook stands between a part and the residual stream.
+        ShapeError: the model cannot read the tokens, or has no class for a target.
     """
+    check_fits(model, examples)
     unembed = (model.W_U - model.W_U.mean(1, keepdim=True)).double()
     found = [_attributions(model, tokens, targets, unembed) for tokens, targets, _ in blocks(model, examples)]
     return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
@@ -30,7 +43,7 @@ def _attributions(model: HookedTransformer, tokens: Tensor, targets: Tensor, une
     """The same of some rows; unembed: Float64[d_model, class], less its mean over the classes."""
     cfg, n_scored = model.cfg, targets.shape[1]
     parts = ("hook_embed", "hook_pos_embed", "attn.hook_z", "hook_mlp_out", "ln_final.hook_scale")
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(parts))
+    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(parts))
 
     bias = (model.b_U - model.b_U.mean()).double()[targets]
     direction = unembed.T[targets]  # [example, scored, d_model]
@@ -57,7 +70,18 @@ def _attributions(model: HookedTransformer, tokens: Tensor, targets: Tensor, une
         terms[f"L{layer}.b_O"] = direction @ block.attn.b_O.double()
         if not cfg.attn_only:
             terms[f"L{layer}.mlp"] = along(cache[f"blocks.{layer}.hook_mlp_out"])
-    return terms | {"bias": bias}
+    terms["bias"] = bias
+    scored = cast(Tensor, logits)[:, -n_scored:].double()
+    whole, size = (
+        scored.gather(-1, targets[..., None])[..., 0] - scored.mean(-1),
+        sum(of.abs() for of in terms.values()),
+    )
+    if bool(((sum(terms.values()) - whole).abs() > ROUNDING * (1 + size)).any()):
+        raise MeasureError(
+            "what the heads and the other parts write does not add up to this model's logits, so there is no direct "
+            "attribution; a norm after the heads, a soft cap or a hook of yours on the residual stream does this"
+        )
+    return terms
 
 
 def head_attributions(model: HookedTransformer, examples: Examples) -> Tensor:

@@ -4,10 +4,9 @@ A pair is named "L0H3 -> L1H5". Losses are in nats. Standard errors are over exa
 not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ from mechgrok.measures.attention import AttentionScores, RepeatedTokens, attenti
 from mechgrok.measures.composition import composition_scores
 from mechgrok.measures.head_types import SURE, probe, strong_heads
 from mechgrok.measures.in_context import position_losses
+from mechgrok.measures.needs import check_causal
 from mechgrok.measures.path_ablation import INPUTS, Head, Input, path_ablation
+from mechgrok.measures.streams import changed_inputs, frozen_between, put, ungrouped
 from mechgrok.model import FwdHook
 from mechgrok.types import Examples, Split
 
@@ -138,47 +139,42 @@ def layer_path_effects(
     other, and then their sum says little. It equals `path_ablation` where one head alone sends (a test holds them
     equal): the later layer runs on the changed stream, and its queries, keys and values are put into a clean run.
     """
-    z = clean.z[sender]
-    delta = torch.einsum("bphd,hdm->bpm", z.mean(0, keepdim=True) - z, model.W_O[sender])
-    names = [f"blocks.{receiver}.attn.hook_{letter}" for letter in INPUTS]
+    mean, ours = clean.z[sender].mean(0, keepdim=True), list(heads)
 
-    def hooks(rows: slice) -> list[FwdHook]:
-        changed: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            changed[str(hook.name)] = value
-
-        def add(resid: Tensor, hook: HookPoint) -> Tensor:
-            return resid + delta[rows]
-
-        def put(value: Tensor, hook: HookPoint) -> Tensor:
+    def only_ours(changed: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
+        def hook_fn(value: Tensor, hook: HookPoint) -> Tensor:
             value = value.clone()
-            value[:, :, list(heads)] = changed[str(hook.name)][:, :, list(heads)]
+            value[:, :, ours] = changed[:, :, ours]
             return value
 
-        read: list[Any] = [(f"blocks.{receiver}.hook_resid_pre", add), *((name, keep) for name in names)]
-        model.run_with_hooks(examples.tokens[rows], stop_at_layer=receiver + 1, fwd_hooks=read)
-        return [(name, put) for name in names]
+        return hook_fn
 
-    return position_losses(model, examples, hooks) - clean.losses
+    def hooks(rows: slice) -> list[FwdHook]:
+        z = [of[rows] for of in clean.z]
+        silent = (f"blocks.{sender}.attn.hook_z", put(mean.expand_as(z[sender])))
+        changed = changed_inputs(model, examples.tokens[rows], z, silent, sender, receiver, INPUTS)
+        return [(f"blocks.{receiver}.attn.hook_{letter}", only_ours(of)) for letter, of in changed.items()]
+
+    with ungrouped(model):
+        return position_losses(model, examples, hooks) - clean.losses
 
 
 @torch.no_grad()
 def direct_effects(model: HookedTransformer, examples: Examples, layer: int, clean: CleanRun) -> Tensor:
     """Increase of every position's loss without what a head tells the logits directly: Float64[head, example, scored].
 
-    The head's z is mean-ablated in the final residual stream alone; all later layers read the clean stream. (The
-    final LayerNorm sees the change.)
+    The head's z is mean-ablated, and what all later layers and its own layer's MLP write stays as it is in the clean
+    run. (The final LayerNorm sees the change.)
     """
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    point, end = f"blocks.{layer}.attn.hook_z", model.cfg.n_layers
 
     def without(head: int) -> Tensor:
         own = clean.z[layer][:, :, head]
-        delta = (replacement("mean", own, None) - own) @ model.W_O[layer, head]
+        instead = replacement("mean", own, None).expand_as(own)
 
         def hooks(rows: slice) -> list[FwdHook]:
-            # The unscored positions may be gone.
-            return [(last, lambda resid, hook: resid + delta[rows, -resid.shape[1] :])]
+            kept = frozen_between(model, examples.tokens[rows], [of[rows] for of in clean.z], layer, end)
+            return [put_head(point, head, instead[rows]), *kept]
 
         return position_losses(model, examples, hooks) - clean.losses
 
@@ -263,7 +259,11 @@ def induction_search(
     alone raises the loss on the second copies (by PATH_NATS and SURE standard errors).
 
     Of a model of more than MAX_PAIRS pairs, those of the largest product of the two attention scores are searched.
+
+    Raises:
+        MeasureError: positions see later ones, so that there is nothing to match.
     """
+    check_causal(model, repeats.examples, "the search for induction circuits")
     scores = induction_scores(model, repeats, rng)
     pairs = all_pairs(model)
     if len(pairs) > MAX_PAIRS:

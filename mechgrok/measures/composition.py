@@ -15,9 +15,9 @@ N_RANDOM = 200  # random pairs behind a chance level: its mean is then known to 
 
 @dataclass(frozen=True)
 class CompositionScores:
-    """scores: Float64[layer, head, layer, head], earlier head first; NaN unless the first layer is the lower one,
-    and for pairs with a dead head, whose score is 0 / 0. chance, spread: mean and standard deviation of the score
-    of random matrices of the same shapes.
+    """scores: Float64[layer, head, layer, head], earlier head first; NaN unless the first layer is the lower one, for
+    pairs with a dead head, whose score is 0 / 0, and throughout where a weight is not finite. chance, spread: mean and
+    standard deviation of the score of random matrices of the same shapes.
     """
 
     scores: Tensor
@@ -35,17 +35,20 @@ def composition_scores(model: HookedTransformer, rng: torch.Generator) -> dict[M
     """How much of what one head writes a later one reads as its keys, queries and values.
 
     |OV_1 M|_F / (|OV_1|_F |M|_F) with M = QK_2^T (K), QK_2 (Q), OV_2 (V): Elhage et al. 2021, by
-    `HookedTransformer.all_composition_scores`, on the weights as they are. It knows no LayerNorm and no positions.
+    `HookedTransformer.all_composition_scores`, on the weights as they are. It knows no LayerNorm, no positions and no
+    hooks. Heads that share keys and values have each those of their group.
     Chance is close to 1 / sqrt(d_model).
     """
     layer = torch.arange(model.cfg.n_layers)
     earlier = (layer[:, None] < layer)[:, None, :, None]
     writes = _alive(model.OV)
+    finite = all(bool(torch.isfinite(weight).all()) for weight in (model.W_Q, model.W_K, model.W_V, model.W_O))
     found = {}
     for mode in MODES:
         reads = writes if mode == "V" else _alive(model.QK)
         meaningful = earlier & writes[:, :, None, None] & reads
-        scores = model.all_composition_scores(mode).double().masked_fill(~meaningful, float("nan"))
+        nothing = torch.full(meaningful.shape, float("nan"), dtype=torch.float64)
+        scores = model.all_composition_scores(mode).double().where(meaningful, nothing) if finite else nothing
         found[mode] = CompositionScores(scores, *_random_composition(model, rng))
     return found
 

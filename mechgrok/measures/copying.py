@@ -1,11 +1,17 @@
-"""Does a head raise the logit of what it attends to? By its own logits on random tokens, and by its eigenvalues."""
+"""Does a head raise the logit of what it attends to? By its own logits on random tokens, and by its eigenvalues.
 
+Both take class i for token i, so they are of models whose classes are tokens. What lies between a head's z and the
+logits is read off the weights; a hook on it has no part in these numbers.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechgrok.errors import MeasureError
 from mechgrok.measures.attention import RepeatedTokens
 
 
@@ -44,13 +50,22 @@ def copying_scores(model: HookedTransformer, repeats: RepeatedTokens, queries: T
 
     Args:
         queries: Bool[row, pos].
+
+    Raises:
+        MeasureError: a token of the blocks is no class of the model.
     """
+    n_classes = model.cfg.d_vocab_out
+    if (largest := int(repeats.tokens[:, repeats.start :].max())) >= n_classes:
+        raise MeasureError(
+            f"copying compares token i with class i, and token {largest} is none of the model's {n_classes} classes; "
+            "repeat tokens that are classes too"
+        )
     read, hooks = _output_readers(model), ("attn.hook_z", "attn.hook_pattern")
     _, cache = model.run_with_cache(  # no logits are needed
         repeats.tokens, names_filter=lambda name: name.endswith(hooks), stop_at_layer=model.cfg.n_layers
     )
     keys = repeats.tokens
-    directions = read[:, keys]  # [d_model, row, key]
+    directions = read[:, keys.clamp(max=n_classes - 1)]  # [d_model, row, key]; the start token, maybe none, is left out
     shares = []
     for layer in range(model.cfg.n_layers):
         z, pattern = (cache[f"blocks.{layer}.{hook}"] for hook in hooks)
@@ -75,17 +90,37 @@ def copying_scores(model: HookedTransformer, repeats: RepeatedTokens, queries: T
 
 
 @torch.no_grad()
-def eigenvalue_copying(model: HookedTransformer) -> Tensor:
+def eigenvalue_copying(model: HookedTransformer, tokens: Sequence[int] | None = None) -> Tensor:
     """sum Re(lambda) / sum |lambda| over the eigenvalues of W_E W_V W_O W_U, in [-1, 1]: Float64[head].
 
-    1 for a head that raises every token's own logit. Chance is 0, by symmetry under W_O -> -W_O. NaN for a dead
-    head. Elhage et al. 2021, on the weights as they are: no scale, gain or bias of a LayerNorm. Where tokens outnumber
-    classes, the tokens that are classes count.
+    1 for a head that raises every token's own logit. Chance is 0, by symmetry under W_O -> -W_O. NaN for a dead head,
+    and for all where a weight is not finite. Elhage et al. 2021, on the weights as they are: no scale, gain or bias of
+    a LayerNorm.
 
     The products are TransformerLens's FactoredMatrix, whose eigenvalues come from the d_head x d_head side.
+
+    Args:
+        tokens: the ids that mean the same as a token and as a class; None for all.
+
+    Raises:
+        MeasureError: a model of as many classes as tokens is needed for None, and ids that are both.
     """
-    n = min(model.cfg.d_vocab, model.cfg.d_vocab_out)
-    eigenvalues = (model.W_E[:n] @ model.OV @ model.W_U[:, :n]).eigenvalues.to(torch.complex128)
+    n_tokens, n_classes = model.cfg.d_vocab, model.cfg.d_vocab_out
+    if tokens is None and n_tokens != n_classes:
+        raise MeasureError(
+            f"copying compares token i with class i, and this model reads {n_tokens} tokens and answers with "
+            f"{n_classes} classes; name the `tokens` that are classes too, if any are"
+        )
+    ids = torch.arange(n_tokens) if tokens is None else torch.as_tensor(tokens)
+    if not 0 <= int(ids.min()) <= int(ids.max()) < min(n_tokens, n_classes):
+        raise MeasureError(
+            f"copying compares token i with class i for ids below {min(n_tokens, n_classes)}, got {int(ids.min())} to "
+            f"{int(ids.max())}; name ids that are both"
+        )
+    read, written = model.W_E[ids], model.W_U[:, ids]
+    if not all(bool(torch.isfinite(weight).all()) for weight in (read, model.W_V, model.W_O, written)):
+        return torch.full((model.cfg.n_layers * model.cfg.n_heads,), float("nan"), dtype=torch.float64)
+    eigenvalues = (read @ model.OV @ written).eigenvalues.to(torch.complex128)
     return (eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1)).flatten()
 
 

@@ -1,9 +1,12 @@
 """Fourier measures of a network for (a + b) mod p, p odd.
 
 Basis F, [p, p], orthonormal: row 0 constant, rows 2k-1 and 2k the cosine and sine of frequency
-k = 1 ... (p-1)/2, w_k = 2 pi k / p. All arrays over inputs are in the order a * p + b. Formulas:
-Nanda et al. 2023 (arXiv:2301.05217); where its text leaves a choice, it is named here.
+k = 1 ... (p-1)/2, w_k = 2 pi k / p. All arrays over inputs are in the order a * p + b. The first p classes are the
+residues; a model may have more, which no Fourier sum runs over. Formulas: Nanda et al. 2023 (arXiv:2301.05217); where
+its text leaves a choice, it is named here.
 """
+
+from math import isqrt
 
 import numpy as np
 
@@ -29,14 +32,14 @@ def frequency_norms(matrix: np.ndarray) -> np.ndarray:
 
 
 def gini(values: np.ndarray) -> float:
-    """Gini coefficient sum_i (2i - n - 1) x_(i) / (n sum x), x ascending, i from 1.
+    """Gini coefficient sum_i (2i - n - 1) x_(i) / (n sum x), x ascending, i from 1; NaN if all are 0.
 
     0 for equal values, 1 - 1/n for a single non-zero one (Hurley & Rickard 2009). Applied to the
     norms of all p components; whether the paper leaves the constant out is not published.
     """
     x = np.sort(values)
-    n = len(x)
-    return float(np.sum((2 * np.arange(1, n + 1) - n - 1) * x) / (n * x.sum()))
+    n, total = len(x), float(x.sum())
+    return float(np.sum((2 * np.arange(1, n + 1) - n - 1) * x)) / (n * total) if total > 0 else float("nan")
 
 
 def key_frequencies(W_L: np.ndarray) -> tuple[int, ...]:
@@ -77,31 +80,36 @@ def sum_directions(key_freqs: tuple[int, ...], p: int) -> np.ndarray:
 
 
 def restricted_logits(logits: np.ndarray, key_freqs: tuple[int, ...]) -> np.ndarray:
-    """Only what the key frequencies say: P_S L + mean over inputs of L. logits: [p^2, class]."""
-    directions = sum_directions(key_freqs, logits.shape[1])
+    """Only what the key frequencies say: P_S L + mean over inputs of L. logits: [p^2, class], of any classes."""
+    directions = sum_directions(key_freqs, isqrt(len(logits)))
     return directions.T @ (directions @ logits) + logits.mean(0)
 
 
 def excluded_logits(logits: np.ndarray, key_freqs: tuple[int, ...]) -> np.ndarray:
-    """All but what the key frequencies say: L - P_S L, all keys at once."""
-    directions = sum_directions(key_freqs, logits.shape[1])
+    """All but what the key frequencies say: L - P_S L, all keys at once. logits: [p^2, class], of any classes."""
+    directions = sum_directions(key_freqs, isqrt(len(logits)))
     return logits - directions.T @ (directions @ logits)
 
 
 def logit_r2(logits: np.ndarray, key_freqs: tuple[int, ...]) -> float:
     """R^2 of the least-squares fit of the logits on cos(w_k (a + b - c)), k in key_freqs.
 
-    The logits of each input are centred over the classes c first, as the softmax does not see their
-    mean and no cosine has one. The regressors are orthogonal, so each coefficient stands by itself.
+    The logits of each input are centred over the residues c first, as the softmax does not see their
+    mean and no cosine has one. The regressors are orthogonal, so each coefficient stands by itself. NaN where the
+    logits of every input are all alike.
+
+    Args:
+        logits: [p^2, class]; those of the residues, the first p, are fitted.
     """
-    p = logits.shape[1]
-    centred = logits - logits.mean(1, keepdims=True)
+    p = isqrt(len(logits))
+    centred = logits[:, :p] - logits[:, :p].mean(1, keepdims=True)
     total = np.add.outer(np.add.outer(np.arange(p), np.arange(p)).flatten(), -np.arange(p))
     explained = 0.0
     for k in key_freqs:
         wave = np.cos(2 * np.pi * k * total / p)
         explained += np.sum(wave * centred) ** 2 / np.sum(wave**2)
-    return float(explained / np.sum(centred**2))
+    total_square = float(np.sum(centred**2))
+    return float(explained / total_square) if total_square > 0 else float("nan")
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from mechgrok.measures.attention import (
 from mechgrok.measures.attribution import head_attributions
 from mechgrok.measures.copying import copying_scores
 from mechgrok.measures.multigrams import Memory, closing_brackets, memorized_on
+from mechgrok.measures.needs import check_causal, check_next_tokens
 from mechgrok.types import Examples, Split
 
 HeadType = Literal[
@@ -95,11 +96,14 @@ def head_evidence(
 
     Raises:
         ShapeError: the context is too short for repeats, or `memories` has not one entry a head.
+        MeasureError: the targets are not the next tokens, or positions see later ones, as all types but those by
+            attention alone are about predicting the next token.
     """
     names = head_names(model)
     if memories is not None and len(memories) != len(names):
         raise ShapeError(f"memories must have one entry for each of {len(names)} heads, got {len(memories)}")
     examples, repeats = some_examples(split.test), probe(split, rng)
+    check_causal(model, repeats.examples, "a head's type")
 
     on_data, on_random = attention_scores(model, examples), attention_scores(model, repeats.examples)
     prefix = prefix_matching(model, repeats)
@@ -157,7 +161,12 @@ def some_examples(examples: Examples) -> Examples:
 
 
 def probe(split: Split, rng: torch.Generator) -> RepeatedTokens:
-    """Repeated random tokens in the task's own vocabulary: of `split.plain`, after `split.bos`."""
+    """Repeated random tokens in the task's own vocabulary: of `split.plain`, after `split.bos`.
+
+    Raises:
+        MeasureError: the targets are not the next tokens. ShapeError: the context is too short for repeats.
+    """
+    check_next_tokens(split.test, "a run on repeated tokens")
     ids = split.plain or tuple(i for i in range(min(len(split.labels), split.n_classes)) if i != split.bos)
     return repeated_tokens(rng, split.test.tokens.shape[1], ids, split.bos)
 

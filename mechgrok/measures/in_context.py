@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechgrok.errors import ShapeError
+from mechgrok.measures.needs import check_causal, check_fits
 from mechgrok.model import FwdHook, scored_logits, shares
 from mechgrok.types import Examples
 
@@ -35,7 +36,11 @@ def position_losses(
     Args:
         hooks: those of the run of some rows; they see the activations of these rows only.
         resid: [example, pos, d_model], what enters `start_at_layer`, where the run does not begin with the tokens.
+
+    Raises:
+        ShapeError: the model cannot read the tokens, or has no class for a target.
     """
+    check_fits(model, examples)
     tokens, targets, _ = examples.tensors
     inputs = tokens if resid is None else resid
     losses = []
@@ -58,7 +63,9 @@ def in_context_score(model: HookedTransformer, examples: Examples, early: Window
 
     Raises:
         ShapeError: a window is empty, leaves the row, or holds no scored position.
+        MeasureError: positions see later ones, so that all have the same context.
     """
+    check_causal(model, examples, "the in-context score")
     n_pos = examples.tokens.shape[1]
     _, targets, weights = examples.tensors
     losses, first = position_losses(model, examples), n_pos - targets.shape[1]

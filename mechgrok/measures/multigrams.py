@@ -28,6 +28,7 @@ from transformer_lens import HookedTransformer
 from mechgrok import seeds
 from mechgrok.measures.ablation import AblationKind, position_ablations
 from mechgrok.measures.in_context import position_losses
+from mechgrok.measures.needs import check_causal, check_next_tokens, visible_positions
 from mechgrok.model import shares
 from mechgrok.types import Examples, Split
 
@@ -200,7 +201,12 @@ def memorized(
 
     N-grams are the same candidates for every head. The source of a skip n-gram is the token, two or more places
     back and not `bos`, that the head attends to most; places that an n-gram of the data explains are left out.
+
+    Raises:
+        MeasureError: the targets are not the next tokens, or positions see later ones.
     """
+    check_next_tokens(examples, "the search for multigrams")
+    check_causal(model, examples, "the search for multigrams")
     seen = places(examples, labels)
     n_scored = examples.tensors[1].shape[1]
     column = seen.pos - (examples.tokens.shape[1] - n_scored)
@@ -210,6 +216,7 @@ def memorized(
     repeats = (examples.weights.numpy() > 0) & _follows_earlier(examples.tokens.numpy(), examples.targets.numpy())
     tokens = examples.tokens.numpy()
     looks = _looks(_attention(model, examples), tokens, seen, bos)
+    uniform = 2 / _n_visible(model, examples)[seen.example, seen.pos]
 
     inside = np.flatnonzero(seen.previous >= 0)
     ngrams = {
@@ -229,7 +236,7 @@ def memorized(
         known = {
             multigram: where
             for multigram, where in ngrams.items()
-            if _needed(loss[where], added[head, where]) and _enough(near[where], seen.pos[where])
+            if _needed(loss[where], added[head, where]) and _enough(near[where], uniform[where])
         }
         open_ = np.flatnonzero(~explained & (looks.at_source[head] > 0))
         source = tokens[seen.example[open_], looks.source[head, open_]]
@@ -238,7 +245,7 @@ def memorized(
             multigram: open_[where]
             for multigram, where in skips.items()
             if _needed(loss[open_[where]], added[head, open_[where]])
-            and _enough(far[open_[where]], seen.pos[open_[where]])
+            and _enough(far[open_[where]], uniform[open_[where]])
         }
         at_multigrams = sum(float(added[head, where].sum()) for where in known.values())
         at_repeats = float(everywhere[head][repeats[:, -n_scored:]].sum())
@@ -295,6 +302,12 @@ def _needed(loss: np.ndarray, added: np.ndarray) -> bool:
     return bool(loss.mean() < KNOWN_NATS and added.mean() >= ADDED_NATS and added.mean() > SURE * error)
 
 
-def _enough(attention: np.ndarray, pos: np.ndarray) -> bool:
+def _enough(attention: np.ndarray, uniform: np.ndarray) -> bool:
     """Whether attention to source and token is, on average, at least uniform attention's 2 / (visible positions)."""
-    return bool(attention.mean() >= (2 / (pos + 1)).mean())
+    return bool(attention.mean() >= uniform.mean())
+
+
+def _n_visible(model: HookedTransformer, examples: Examples) -> np.ndarray:
+    """How many positions each one sees: Int[example, pos]."""
+    counts = [visible_positions(model, examples.tokens[rows]).sum(-1) for rows in shares(model, examples)]
+    return torch.cat(counts).numpy()
