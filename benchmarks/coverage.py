@@ -13,6 +13,7 @@ from mechgrok.reproducible import reproducible
 from mechgrok.sampling.chains import sample
 from mechgrok.sampling.diagnostics import summarize
 from mechgrok.sampling.potential import LossFn, ModulePotential
+from mechgrok.sampling.variance import variance_llc
 from mechgrok.types import Component
 from tests.oracles import (
     Quadratic,
@@ -22,6 +23,7 @@ from tests.oracles import (
     quartic_llc,
     quartic_loss,
     stationary_llc,
+    stationary_variance_llc,
 )
 from tests.truth import Monomial, monomial_loss, normal_crossing_llc
 
@@ -40,6 +42,7 @@ def coverage_table() -> tuple[Sequence[str], list[list[str]]]:
         (_crossing, "mala", 0.0, 1500),
         (_with_batches, "sgld", 0.0, 300),
         (_with_batches, "baoab", 0.0, 300),
+        *((_variance, "baoab", localization, 600) for localization in (0.1, 5.0, 50.0, 500.0)),
     ]
     return COLUMNS, Parallel(n_jobs=2)(delayed(job[0])(*job[1:]) for job in jobs)
 
@@ -70,6 +73,24 @@ def _quadratic(sampler: str, momentum: float, n_draws: int) -> list[str]:
         config,
         exact,
     )
+
+
+def _variance(sampler: str, localization: float, n_draws: int) -> list[str]:
+    """llc_variance, whose exact value is 1/2 sum r^2, and beside it its ratio to the exact llc."""
+    settings = {"localization": localization, "step_size": min(0.003, 1 / (300 + localization)), "n_burnin": 1500}
+    config = _settings(sampler, 0.0, n_draws, **settings)
+    exact = stationary_variance_llc(CURVATURE.numpy(), config)
+    component = Component("model", {"w": None}, len(CURVATURE))
+    potential = ModulePotential(Quadratic(CURVATURE), quadratic_loss, (X,), component)
+    with reproducible(1):
+        losses = sample(potential, config, 0, ("coverage", "variance")).losses.numpy()
+    runs = losses.reshape(N_RUNS, N_CHAINS, -1)
+    found = np.array([variance_llc(run, np.zeros_like(run), config.nbeta) for run in runs])
+    naive = [config.nbeta**2 * ((run - run.mean()) ** 2).std() / math.sqrt(run.size) for run in runs]
+    ess = np.mean([summarize(run).ess for run in runs])
+    share = exact / stationary_llc(CURVATURE.numpy(), config)
+    case = f"llc_variance, localization {localization:g}: {share:.3f} of llc"
+    return _verdict(f"{sampler}, momentum 0", case, found[:, 0], found[:, 1], exact, ess, np.array(naive))
 
 
 def _quartic(sampler: str, momentum: float, n_draws: int) -> list[str]:

@@ -39,8 +39,9 @@ from torch import Tensor
 
 from mechgrok.config import READ_LATER, LLCConfig, RunConfig, parse_config
 from mechgrok.errors import CheckpointError, RunDirectoryError
+from mechgrok.health import ChainHealth
 from mechgrok.reproducible import made_with
-from mechgrok.types import ChainHealth, CheckpointMetrics, LLCEstimate
+from mechgrok.types import CheckpointMetrics, LLCEstimate
 
 CONFIG = "config.toml"
 MAKERS = "made-with.json"
@@ -215,8 +216,11 @@ class RunDirectory:
         if told != (config.model_dump(), component, step, data):
             raise CheckpointError(f"{path} holds another estimate than its name says; {_REMEDY}")
         record["health"]["reasons"] = tuple(record["health"]["reasons"])
-        health = ChainHealth(**record.pop("health"))
-        return LLCEstimate(losses=tensors["losses"].numpy(), config=config, health=health, **record)
+        try:  # what an older version did not know keeps its default
+            health = ChainHealth(**record.pop("health"))
+            return LLCEstimate(losses=tensors["losses"].numpy(), config=config, health=health, **record)
+        except TypeError:
+            raise CheckpointError(f"{path} was written by another version of mechgrok; {_REMEDY}") from None
 
     # ---- inside
 

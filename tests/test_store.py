@@ -1,5 +1,6 @@
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,46 @@ def test_estimates_keep_every_number(tiny_run: tuple) -> None:
     assert estimate.llc == llc.sampling.nbeta * (estimate.losses.mean() - estimate.init_loss)
     assert run.read_estimate(40, "L0H1", llc.control) is None  # the control follows the model alone
     assert run.read_estimate(40, "model", llc.control).config == llc.control
+
+
+def rewritten(run: RunDirectory, edit: Callable[[dict], None]) -> None:
+    """The estimate of L0H1 at step 40, with its record edited."""
+    sampling = run.config.llc.sampling
+    path = run._estimate(40, "L0H1", sampling, "")
+    tensors, record = run._read_tensors(path, "estimate")
+    edit(record["estimate"])
+    run._write_tensors(path, tensors, {key: value for key, value in record.items() if key != "config"})
+
+
+def test_estimates_of_older_runs_are_read_and_those_of_later_ones_are_refused(copied: Path) -> None:
+    run = RunDirectory.open(copied)
+
+    def as_before(record: dict) -> None:
+        del record["llc_variance"], record["llc_variance_error"]
+        known = [
+            "r_hat",
+            "ess",
+            "drift",
+            "drifting",
+            "diverged",
+            "escaped",
+            "saturation",
+            "saturated",
+            "acceptance",
+            "reasons",
+        ]
+        record["health"] = {key: record["health"][key] for key in known}
+
+    now = run.read_estimate(40, "L0H1", run.config.llc.sampling)
+    assert now.health.top_share > 0 and np.isfinite(now.llc_variance)
+    rewritten(run, as_before)
+    before = run.read_estimate(40, "L0H1", run.config.llc.sampling)
+    assert (before.llc, before.health.reasons) == (now.llc, now.health.reasons)
+    assert np.isnan(before.llc_variance) and np.isnan(before.health.top_share)
+    assert np.isnan(pipeline.load_study(copied).curve.llc_variance).sum() == 1
+    rewritten(run, lambda record: record.update(of_the_future=1))
+    with pytest.raises(CheckpointError, match=r"another version of mechgrok; delete that file"):
+        run.read_estimate(40, "L0H1", run.config.llc.sampling)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

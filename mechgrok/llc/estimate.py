@@ -61,7 +61,7 @@ def estimate_llc(
     Returns:
         LLCEstimate; std_error = nbeta * standard error of the mean sampled loss. `losses` are
         [chain, draw], without burn-in. Look at `health` before use. An unhealthy or negative
-        estimate is returned as it is.
+        estimate is returned as it is. llc_variance is from the same draws: see `sampling.variance.variance_llc`.
 
     Raises:
         ComponentError, ConfigError, ShapeError: before any sampling.
