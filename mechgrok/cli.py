@@ -86,6 +86,8 @@ def import_(
     """Make a run of checkpoints that were trained elsewhere; see docs/import.md."""
     if init == (config is not None):
         raise ConfigError("give either --config my.toml to import, or --init to print a config to begin with")
+    if init and out_dir is not None:
+        raise ConfigError("--init writes no run, so leave --out out")
     with _progress() as progress:
         progress("starting", 0, 1)
         from mechgrok import pipeline
@@ -134,7 +136,9 @@ def calibrate(
     sampler: Annotated[str | None, typer.Option(help="By default the run's own.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=0, help="By default the run's own; 0: all examples.")] = None,
     components: Annotated[str, typer.Option(help="Components to sweep on, with commas between.")] = "model",
-    checkpoints: Annotated[int, typer.Option(min=1, help="How many checkpoints to sweep on.")] = 3,
+    checkpoints: Annotated[
+        int | None, typer.Option(min=1, help="How many checkpoints to sweep on; by default 3.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Sweep nbeta, localization and step size on a trained run and recommend one setting for all of it.

@@ -15,7 +15,7 @@ from joblib import cpu_count
 
 from mechgrok import seeds
 from mechgrok.calibration import Calibration, calibration_record
-from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
+from mechgrok.config import MOVING, REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
 from mechgrok.errors import ConfigError, RunDirectoryError
 from mechgrok.llc.calibrate import calibrate
 from mechgrok.llc.curve import Unit, estimate_units, with_company
@@ -183,7 +183,7 @@ def calibrate_run(
     path: str | Path,
     changes: Mapping[str, Any],
     components: Sequence[str] = ("model",),
-    n_checkpoints: int = 3,
+    n_checkpoints: int | None = None,
     n_workers: int | None = None,
     progress: Progress = silent,
 ) -> Calibration:
@@ -200,6 +200,8 @@ def calibrate_run(
     split = make_split(config.task, config.seed)
     own = config.llc.sampling
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
+    if changes.get("sampler", own.sampler) not in MOVING:
+        kept["momentum"] = 0.0  # of another sampler
     found = calibrate(
         load_trajectory(directory, split), sampled_examples(config, split), seed=config.seed, components=components,
         like=own, n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress,

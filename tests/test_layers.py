@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each set may import the sets above it; within a set only the first, the vocabulary, imports its own.
 LAYERS = [
-    {"types", "calibration", "errors", "seeds", "task_config", "toml_values", "config", "reproducible"},
+    {
+        "types",
+        "calibration",
+        "errors",
+        "seeds",
+        "task_config",
+        "llc_config",
+        "setting_errors",
+        "toml_values",
+        "config",
+        "reproducible",
+    },
     {"model", "canonical", "components", "store", "schedule", "stages", "plotting", "regression"},
     {"loops"},
     {"sampling"},

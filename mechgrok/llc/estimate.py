@@ -13,6 +13,7 @@ from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ComponentError, ConfigError
 from mechgrok.llc.bias import step_size_bias
+from mechgrok.llc.precision import say_if_idle
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.reproducible import matmul_precision
 from mechgrok.sampling.chains import Draws, sample
@@ -69,6 +70,7 @@ def estimate_llc(
         raise ComponentError('one component at a time: write "L0H0+L0H1" for both heads as one, or call this for each')
     problem = make_problem(model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
+    say_if_idle(config, model, data)
     estimate = estimate_problem(problem, config, seed)
     if not bias:
         return estimate

@@ -103,8 +103,11 @@ def make_problem(
             )
         if canonicalize:
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
-        if precision == "float64" or device != "cpu":
-            raise ConfigError("precision and device are for HookedTransformers with Examples; move module and tensors")
+        if precision in ("float64", "int16") or device != "cpu" or memory_gb != MEMORY_GB:
+            raise ConfigError(
+                "memory_gb, device, and precision but bfloat16 are for HookedTransformers with Examples; leave them "
+                "out, and move module and tensors"
+            )
         if isinstance(component, tuple):
             raise ComponentError("heads are sampled together on HookedTransformers only; give one component")
         problem = _module(model, tuple(data), loss_fn, component, chance_loss)
