@@ -3,17 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Processes that test; each uses one torch thread, so that they do not fight for the cores.
 JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+ENGINE := blocks compiled fused head_sampling kept memory normals processors products replicas samplers sampling \
+	settings_llc
 
-.PHONY: run test test-fast lint fix check regression bench bench-job bench-accuracy bench-heads bench-calibration clean
+.PHONY: run test test-long test-avx2 lint fix check regression bench bench-job bench-accuracy bench-heads bench-calibration clean
 
 run: .venv/installed
 	$(BIN)/mechgrok run modular-addition
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(PYTEST) -m "not long"
 
-test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not long"
+# Those that take over 20 seconds each.
+test-long: .venv/installed
+	$(PYTEST) -m long
+
+# The engine's tests once more as on a processor without AVX512. A name alone would leave numba this one's features.
+test-avx2: .venv/installed
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(PYTEST) $(ENGINE:%=tests/test_%.py)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
@@ -24,7 +33,8 @@ fix: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test
+# What CI runs.
+check: lint test test-long test-avx2
 
 # The project's own regression check: the quick preset against the committed baseline.
 regression: .venv/installed

@@ -9,10 +9,12 @@ It samples whole models alone, all chains in one vmapped, compiled call on one b
 
 import logging
 import time
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from transformer_lens import HookedTransformer
 
 from mechgrok.config import LLCConfig
 from mechgrok.llc.problem import Problem
@@ -40,7 +42,7 @@ def canonical_draws(problem: Problem, data: Examples, config: LLCConfig) -> tupl
         clock.append(time.process_time())
         return batch[0], batch[1]
 
-    for block in problem.module.blocks:
+    for block in cast(HookedTransformer, problem.module).blocks:
         block.attn.attn_scale = float(block.attn.attn_scale)  # a NumPy number, which torch.compile cannot follow
     logging.getLogger("canonical_interp.slt").setLevel(logging.ERROR)  # its advice on settings, and on GPUs
     estimator = LLCEstimator(

@@ -90,7 +90,7 @@ def _variance(sampler: str, localization: float, n_draws: int) -> list[str]:
     ess = np.mean([summarize(run).ess for run in runs])
     share = exact / stationary_llc(CURVATURE.numpy(), config)
     case = f"llc_variance, localization {localization:g}: {share:.3f} of llc"
-    return _verdict(f"{sampler}, momentum 0", case, found[:, 0], found[:, 1], exact, ess, np.array(naive))
+    return _verdict(f"{sampler}, momentum 0", case, found[:, 0], found[:, 1], exact, float(ess), np.array(naive))
 
 
 def _quartic(sampler: str, momentum: float, n_draws: int) -> list[str]:
@@ -116,7 +116,8 @@ def _row(
     spread = losses.reshape(N_RUNS, -1).std(axis=1)
     means = np.array([run.mean for run in runs])
     errors = np.array([run.std_error for run in runs])
-    return _verdict(name, case, config.nbeta * means, config.nbeta * errors, exact, np.mean([run.ess for run in runs]),
+    ess = float(np.mean([run.ess for run in runs]))
+    return _verdict(name, case, config.nbeta * means, config.nbeta * errors, exact, ess,
                     config.nbeta * spread / math.sqrt(N_CHAINS * config.n_draws))  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def _with_batches(sampler: str, momentum: float, n_draws: int) -> list[str]:
     """Through `estimate_llc`, with gradient noise, which the exact value holds too, irreducible loss and pairing."""
     module, centres, loss = noisy_quadratic(n_params=20, n_examples=64, seed=0)
     config = _settings(sampler, momentum, n_draws, n_chains=N_CHAINS, batch_size=4, n_burnin=300, step_size=0.01)
-    h = module.curvature.numpy()
+    h = module.get_buffer("curvature").numpy()
     a = config.nbeta * h + config.localization
     e = config.step_size
     noise = config.nbeta**2 * 0.3**2 / 4 * np.ones_like(h)  # variance of the force: h^2 (.3 / h)^2 / batch

@@ -36,7 +36,7 @@ def sampled(
 ) -> list[LLCEstimate]:
     """The estimates of these components by a sampler, with its momentum if it has one."""
     given = {"n_chains": N_CHAINS, "n_draws": N_DRAWS, "n_burnin": N_BURNIN, "sampler": sampler} | settings
-    config = mg.LLCConfig(**given, **({} if momentum is None else {"momentum": momentum}))  # type: ignore[arg-type]
+    config = mg.LLCConfig(**given, **({} if momentum is None else {"momentum": momentum}))
     with reproducible(1):
         return estimate_group(model, data, names, config=config, seed=0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from analyses.grokking import landmarks
-from mechgrok.config import load_config
+from mechgrok.config import TrainConfig, load_config
 from mechgrok.store import RunDirectory
 from mechgrok.tasks import make_split
 from mechgrok.train import train
@@ -19,6 +19,7 @@ from mechgrok.train import train
 
 def main(n_seeds: int = 10, preset: str = "modular-addition") -> None:
     base = load_config(preset)
+    assert isinstance(base.train, TrainConfig)
     fine = base.train.model_copy(update={"n_checkpoints": 80, "n_threads": 1})
     print("seed  memorized  test accuracy then  generalized  final test accuracy")
     for seed in range(n_seeds):
@@ -27,10 +28,9 @@ def main(n_seeds: int = 10, preset: str = "modular-addition") -> None:
             run = RunDirectory.create(Path(folder) / "run", config)
             trajectory = train(run, make_split(config.task, seed))
         names = ("train_accuracy", "test_accuracy")
-        series = {"step": np.array(trajectory.steps), **{name: trajectory.column(name) for name in names}}
-        marks = landmarks(series)
-        then = np.interp(marks["memorized"], series["step"], series["test_accuracy"])
-        final = series["test_accuracy"][-1]
+        steps, (on_train, on_test) = np.array(trajectory.steps), map(trajectory.column, names)
+        marks = landmarks(steps, on_train, on_test)
+        then, final = np.interp(marks["memorized"], steps, on_test), on_test[-1]
         print(
             f"{seed:4}  {marks['memorized']:9.0f}  {then:18.3f}  {marks['generalized']:11.0f}  {final:19.3f}",
             flush=True,
@@ -38,4 +38,4 @@ def main(n_seeds: int = 10, preset: str = "modular-addition") -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) if argument.isdigit() else argument for argument in sys.argv[1:]))
+    main(int((sys.argv[1:] or ["10"])[0]), (sys.argv[2:] or ["modular-addition"])[0])

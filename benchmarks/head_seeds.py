@@ -45,7 +45,8 @@ def claims(seeds: list[dict[str, Report]]) -> Section:
             values = [f"{one.value:.3g}" if np.isfinite(one.value) else "–" for one in each]
             chances = dict.fromkeys(claim_row(one)["chance"] for one in each)
             threshold = f"{'≥' if claim.relation == '>=' else '≤'} {claim.threshold:.3g}"
-            luck = math.prod(one.chance for one in each) if all(one.chance is not None for one in each) else 0.0
+            known = [one.chance for one in each if one.chance is not None]
+            luck = math.prod(known) if len(known) == len(each) else 0.0
             verdict = "**claimed**"
             if held < len(each):
                 verdict = f"holds for {held} of {len(each)}: not claimed"

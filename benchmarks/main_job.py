@@ -17,7 +17,7 @@ START = time.perf_counter()
 import analyses  # noqa: E402 - the import is one of the parts
 from analyses import render  # noqa: E402
 from mechgrok import pipeline  # noqa: E402
-from mechgrok.config import load_config  # noqa: E402
+from mechgrok.config import TrainConfig, load_config  # noqa: E402
 from mechgrok.plan import component_names, plan_units  # noqa: E402
 from mechgrok.store import RunDirectory  # noqa: E402
 from mechgrok.tasks import make_split  # noqa: E402
@@ -46,6 +46,7 @@ def main(preset: str = "modular-addition") -> None:
     from joblib.externals.loky import get_reusable_executor
 
     config = load_config(preset)
+    assert isinstance(config.train, TrainConfig)
     rows = [("imports", IMPORTS, IMPORTS)]
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory.create(Path(folder) / "run", config)

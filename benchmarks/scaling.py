@@ -106,7 +106,7 @@ def product_rate() -> float:
 
 
 @njit(**OPTIONS)
-def _exponentials(x, out):
+def _exponentials(x: np.ndarray, out: np.ndarray) -> None:
     for at in range(0, len(x), WIDTH):
         store(out, at, WIDTH, exp(load(x, at, WIDTH, np.float32(0))))
 

@@ -6,7 +6,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from mechgrok import seeds
-from mechgrok.config import ModelConfig, load_config
+from mechgrok.config import ModelConfig, TrainConfig, load_config
 from mechgrok.model import build_model, model_losses
 from mechgrok.reproducible import reproducible
 from mechgrok.tasks import make_split
@@ -51,6 +51,7 @@ def modular_addition(preset: str, steps: Sequence[int]) -> tuple[Checkpoints, Ex
     """The model of a preset at the given steps, and the data that it was trained on."""
     config = load_config(preset)
     split, train = make_split(config.task, config.seed), config.train
+    assert isinstance(train, TrainConfig)
     options = {"lr": train.learning_rate, "weight_decay": train.weight_decay, "betas": train.betas}
     return trained(config.model, split, steps, batch_size=None, **options), split.train
 

@@ -107,7 +107,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
     def settings(n_draws: int, n_burnin: int = N_BURNIN) -> mg.LLCConfig:
         baoab = {"sampler": "baoab", "momentum": 0.0 if target == "model" else 0.8} if "baoab" in engine else {}
         return mg.LLCConfig(
-            **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,  # type: ignore[arg-type]
+            **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,
             engine="devinterp" if engine == "devinterp" else "mechgrok",
             precision=next((each for each in get_args(Precision) if each in engine), "float32"), **baoab,
         )  # fmt: skip
@@ -184,6 +184,7 @@ def table(name: str, engines: list[str]) -> list[list[str]]:
                 if offered(engine, target)
             }
             theirs = found["devinterp"]
+            assert theirs is not None
             for engine, row in found.items():
                 if row is None:
                     rows.append([target, engine, "killed: out of memory", *[""] * (len(COLUMNS) - 3)])

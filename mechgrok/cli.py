@@ -107,7 +107,9 @@ def calibrate(
     sampler: Annotated[str | None, typer.Option(help="By default the run's own.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=0, help="By default the run's own; 0: all examples.")] = None,
     components: Annotated[str, typer.Option(help="Components to sweep on, with commas between.")] = "model",
-    checkpoints: Annotated[int, typer.Option(min=1, help="How many checkpoints to sweep on.")] = 3,
+    checkpoints: Annotated[
+        int | None, typer.Option(min=1, help="How many checkpoints to sweep on; by default 3.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Sweep nbeta, localization and step size on a trained run and recommend one setting for all of it.

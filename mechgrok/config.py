@@ -6,23 +6,31 @@ nbeta, step size and localization have no defaults, and a preset states every nu
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, ValidationInfo, model_validator
 
 from mechgrok.errors import ConfigError
-from mechgrok.task_config import TASKS, Fraction, NotNegative, Positive, Settings, Size, TaskConfig
+from mechgrok.llc_config import (  # noqa: F401  # all settings can be had from here
+    MEMORY_GB,
+    MOVING,
+    REFERENCE,
+    CurveConfig,
+    LLCConfig,
+    LLCPath,
+    Precision,
+    RefinementConfig,
+    SamplerName,
+)
+from mechgrok.setting_errors import one_sentence
+from mechgrok.task_config import STORED, Fraction, NotNegative, Positive, Settings, Size, TaskConfig
 from mechgrok.toml_values import flat, tuples, without_none
 
-MEMORY_GB = 2.0
 MAX_MODEL_GB = 70.0
-
-SamplerName = Literal["sgld", "rmsprop_sgld", "sgnht", "baoab", "mala"]
-Precision = Literal["float32", "int16", "bfloat16", "float64"]
-LLCPath = Literal["auto", "compiled", "torch", "hooks", "module"]
 
 
 class ModelConfig(Settings):
@@ -54,6 +62,18 @@ class ModelConfig(Settings):
     rotary_dim: Size | None = None
     rotary_base: Positive = 10000.0
     rotary_adjacent_pairs: bool = False
+
+    def acts(self) -> Mapping[str, tuple[bool, str]]:
+        rotary = self.positional_embedding_type == "rotary", "on rotary positions"
+        return {
+            "act_fn": (self.d_mlp is not None, "in an MLP, which d_mlp gives,"),
+            "eps": (self.normalization_type is not None, "in a normalization"),
+            "final_rms": (self.normalization_type in ("LN", "LNPre"), "where normalization_type is LN or LNPre"),
+            "scale_attn_by_inverse_layer_idx": (self.n_layers > 1, "from the second layer on"),
+            "rotary_dim": rotary,
+            "rotary_base": rotary,
+            "rotary_adjacent_pairs": rotary,
+        }
 
     @model_validator(mode="after")
     def _model_can_be_built(self) -> Self:
@@ -98,6 +118,15 @@ class TrainConfig(Settings):
             raise ValueError(f"checkpoints must increase, be two or more, and end at n_steps {self.n_steps}")
         return self
 
+    @model_validator(mode="after")
+    def _there_are_so_many_steps(self, info: ValidationInfo) -> Self:
+        if info.context != STORED and (self.n_checkpoints or 0) > self.n_steps + 1:
+            raise ValueError(
+                f"n_checkpoints {self.n_checkpoints} exceeds the {self.n_steps + 1} steps there are, 0 to n_steps; "
+                "lower it"
+            )
+        return self
+
 
 class ImportedConfig(Settings):
     """Checkpoints at these steps, trained elsewhere: `mechgrok import` brings them in, and nothing is trained."""
@@ -115,138 +144,6 @@ class ImportedConfig(Settings):
 def _origin(train: Any) -> str:
     told = isinstance(train, ImportedConfig) or (isinstance(train, dict) and "source" in train)
     return "imported" if told else "trained"
-
-
-class LLCConfig(Settings):
-    """One setting of the sampler; estimates of different settings are not comparable.
-
-    nbeta: n times the inverse temperature beta. localization: gamma, the strength of the pull to
-    w*. step_size: epsilon. batch_size: examples per step, or None for all (no gradient noise).
-    momentum: the share of its velocity that sgnht or baoab keeps over one step. rmsprop_decay,
-    rmsprop_stability: of rmsprop_sgld. canonicalize: sample the model in its canonical gauge.
-    engine: "devinterp" runs devinterp's own sampler, to check against; it offers sgld and rmsprop_sgld.
-    precision: of matrix products; weights, noise, softmax and baseline stay in float32. "int16" lets them be
-    made of whole numbers, to 1e-5 or so of the vectors' lengths, where the processor is faster at these and
-    compiled passes run; "bfloat16" in bfloat16, where torch is (AMX, CUDA). "float64" is for checks.
-    device: where the chains run; "cuda" draws other normals than "cpu", so bits differ between the two.
-    path: what evaluates the losses: "compiled" loops or "torch"'s operations compute the layers themselves, "hooks" run
-    the model with its heads supplied by hooks, "module" runs it as it is; "auto": the first that is shown to compute
-    the model, with loops where there is work enough for compiling them to pay.
-    memory_gb: what the activations of one estimate may take. More is kept rather than computed anew;
-    the last bits of a result depend on it, which is why it is a setting.
-    """
-
-    nbeta: NotNegative
-    step_size: Positive
-    localization: NotNegative
-    n_chains: Annotated[int, Field(ge=2, le=2**20)] = 4
-    n_draws: Annotated[int, Field(ge=8, le=10**7)] = 200
-    n_burnin: Annotated[int, Field(ge=0, le=10**7)] = 100
-    batch_size: Size | None = None
-    sampler: SamplerName = "sgld"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rmsprop_decay: Fraction = 0.99
-    rmsprop_stability: Positive = 0.1
-    canonicalize: bool = False
-    engine: Literal["mechgrok", "devinterp"] = "mechgrok"
-    precision: Precision = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    memory_gb: Positive = MEMORY_GB
-    path: LLCPath = "auto"
-
-    @model_validator(mode="after")
-    def _sampler_fits(self) -> Self:
-        if self.sampler == "mala" and self.batch_size is not None:
-            raise ValueError(f"sampler mala needs exact gradients, got batch_size {self.batch_size}; leave it out")
-        if self.sampler == "sgnht" and self.momentum == 0:
-            raise ValueError("sgnht needs a velocity to measure: set momentum above 0, or use baoab")
-        if self.engine == "devinterp" and self.sampler not in ("sgld", "rmsprop_sgld"):
-            raise ValueError(f"devinterp has no sound {self.sampler}; use sgld or rmsprop_sgld, or engine mechgrok")
-        if self.engine == "devinterp" and self.device != "cpu":
-            raise ValueError("engine devinterp is run on the cpu, as it is there to check against; leave device out")
-        if self.n_chains * self.n_draws > 10**9:
-            raise ValueError(f"n_chains * n_draws is at most 10^9, got {self.n_chains} * {self.n_draws}; lower one")
-        return self
-
-    def halved(self) -> Self:
-        """Half the step size for twice as many steps: the same time, so the same mixing."""
-        changes = {"step_size": self.step_size / 2, "n_draws": 2 * self.n_draws, "n_burnin": 2 * self.n_burnin}
-        return self.model_copy(update=changes)
-
-    def __init__(self, **values: Any) -> None:
-        # The one settings model that users build by hand: they get our error, not pydantic's.
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(f"LLCConfig: {_one_sentence(error)}") from None
-
-    # So that pydantic does not call it for the [llc.sampling] of a file, whose errors bear the whole path.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-REFERENCE = "reference"  # the distribution whose targets a reference model has drawn
-
-
-class RefinementConfig(Settings):
-    """Components that are sampled on another distribution of the task too, at every `every`-th checkpoint.
-
-    The distribution "reference" holds training inputs with targets drawn from a shallower model, trained alike,
-    with `reference_layers` layers: the loss is then, up to a constant, the Kullback-Leibler divergence to it.
-    """
-
-    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    components: Annotated[tuple[str, ...], Field(min_length=1)]
-    every: PositiveInt = 1
-    reference_layers: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _reference_is_told(self) -> Self:
-        if (self.distribution == REFERENCE) != (self.reference_layers is not None):
-            raise ValueError(f"reference_layers goes with the distribution {REFERENCE!r}, and it needs it")
-        return self
-
-
-class CurveConfig(Settings):
-    """Which components are followed, and the second localization under which signs must hold.
-
-    n_examples: the sampled data are the first so many training examples; None: all.
-    checks_every: the model's controls (the other localization, half the step) at every so many checkpoints.
-    head_sampling: settings of everything but the model, where they are others.
-    """
-
-    components: tuple[str, ...]  # "heads" stands for every head of the model
-    control_localization: Positive
-    n_threads: PositiveInt  # torch threads of one unit of work
-    n_examples: PositiveInt | None = None
-    checks_every: PositiveInt = 1
-    sampling: LLCConfig
-    head_sampling: LLCConfig | None = None
-    refinements: tuple[RefinementConfig, ...] = ()
-
-    @property
-    def control(self) -> LLCConfig:
-        """The sampling settings at the other localization."""
-        return self.sampling.model_copy(update={"localization": self.control_localization})
-
-    @property
-    def each_sampling(self) -> dict[str, LLCConfig]:
-        """The sampling settings there are, by key."""
-        return {"sampling": self.sampling} | ({"head_sampling": self.head_sampling} if self.head_sampling else {})
-
-    def sampling_of(self, component: str) -> LLCConfig:
-        """The settings that a component is sampled with."""
-        return self.sampling if component == "model" or self.head_sampling is None else self.head_sampling
-
-    @model_validator(mode="after")
-    def _model_is_followed(self) -> Self:
-        if "model" not in self.components:
-            raise ValueError('components must hold "model": the stages are found from its curve')
-        if self.control_localization == self.sampling.localization:
-            raise ValueError("control_localization must differ from sampling.localization")
-        names = [refinement.distribution for refinement in self.refinements]
-        if len(set(names)) < len(names):
-            raise ValueError(f"refinements name a distribution twice: {', '.join(names)}")
-        return self
 
 
 class StageConfig(Settings):
@@ -286,6 +183,12 @@ class RunConfig(Settings):
     def _reference_can_be_trained(self) -> Self:
         if isinstance(self.train, ImportedConfig) and any(one.reference_layers for one in self.llc.refinements):
             raise ValueError(f"an imported run trains nothing, so remove the refinement {REFERENCE!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_drawn_where_they_are_trained(self, info: ValidationInfo) -> Self:
+        if isinstance(self.train, ImportedConfig) and info.context != STORED:
+            self.model.refuse_idle({"init_std": (False, "on models that are trained here")})
         return self
 
     def with_sampling(self, sampling: LLCConfig, heads: bool = True) -> "RunConfig":
@@ -365,36 +268,14 @@ def load_config(source: "str | Path | RunConfig") -> RunConfig:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
 
 
-def parse_config(text: str, source: str) -> RunConfig:
-    """A RunConfig from TOML text; `source` names it in errors."""
+def parse_config(text: str, source: str, stored: bool = False) -> RunConfig:
+    """A RunConfig from TOML text; `source` names it in errors.
+
+    stored: of a run that is there already. In any other a setting that changes nothing is refused.
+    """
     try:
-        return RunConfig.model_validate(tuples(tomllib.loads(text)))
+        return RunConfig.model_validate(tuples(tomllib.loads(text)), context=STORED if stored else None)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_one_sentence(error)}") from None
+        raise ConfigError(f"{source}: {one_sentence(error)}") from None
     except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
         raise ConfigError(f"{source} is not valid TOML: {error}") from None
-
-
-def _one_sentence(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        path = problem["loc"]
-        # After "task" and "train" stands which kind of it was read.
-        path = (*path[:1], *path[2:]) if path[:1] in (("task",), ("train",)) else path
-        key = ".".join(str(part) for part in path) or "settings"
-        if problem["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key!r}; remove it or correct its spelling")
-        elif problem["type"] == "string_pattern_mismatch":
-            problems.append(f"{key} must be of letters, digits and ._- and not begin with these ({problem['input']!r})")
-        elif problem["type"] == "missing":
-            problems.append(f"missing key {key!r}; state its value")
-        elif problem["type"].startswith("union_tag"):
-            told = (
-                "is missing" if problem["type"] == "union_tag_not_found" else f"{problem['input']['name']!r} is unknown"
-            )
-            problems.append(f"task.name {told}; give one of {', '.join(TASKS)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-            problems.append(f"{key}: {message}{given}" if path else message)
-    return "; ".join(problems)

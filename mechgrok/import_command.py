@@ -28,6 +28,8 @@ def import_(
         raise ConfigError(
             "give either --config my.toml to import, --init to print a config to begin with, or --audit to look alone"
         )
+    if init and out_dir is not None:
+        raise ConfigError("--init writes no run, so leave --out out")
     if audit and out_dir is not None:
         raise ConfigError("--audit makes no run directory; leave --out out, or leave --audit out to import")
     if expect_loss and config is None:

@@ -16,6 +16,7 @@ from mechgrok import seeds
 from mechgrok.config import ModelConfig
 from mechgrok.errors import CheckpointError, ConfigError
 from mechgrok.plain import is_untouched
+from mechgrok.task_config import STORED
 from mechgrok.types import Examples, Split
 
 BLOCK = 2**23  # logits at once: 64 MB in float64
@@ -222,11 +223,9 @@ def shape_of(settings: Mapping[str, Any]) -> ModelConfig:
     """
     known = {name: settings[name] for name in ModelConfig.model_fields if name in settings}
     if settings.get("attn_only"):
-        known |= {"d_mlp": None, "act_fn": "relu"}  # both unused
-    if known.get("positional_embedding_type") != "rotary":
-        known["rotary_dim"] = None
+        known["d_mlp"] = None  # which TransformerLens fills in
     try:
-        shape = ModelConfig.model_validate(known)
+        shape = ModelConfig.model_validate(known, context=STORED).without_idle()
         plain = vars(_hooked_config(shape))
     except ValidationError as error:
         first = error.errors()[0]

@@ -15,7 +15,7 @@ from joblib import cpu_count
 from mechgrok import seeds
 from mechgrok.calibration import Calibration, calibration_record
 from mechgrok.compiling import compile_ahead, worth_compiling
-from mechgrok.config import REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
+from mechgrok.config import MOVING, REFERENCE, ImportedConfig, LLCConfig, RunConfig, load_config
 from mechgrok.errors import RunDirectoryError
 from mechgrok.importing import Progress, silent
 from mechgrok.importing import audit_source as audit_source
@@ -134,7 +134,7 @@ def calibrate_run(
     path: str | Path,
     changes: Mapping[str, Any],
     components: Sequence[str] = ("model",),
-    n_checkpoints: int = 3,
+    n_checkpoints: int | None = None,
     n_workers: int | None = None,
     progress: Progress = silent,
 ) -> Calibration:
@@ -153,6 +153,8 @@ def calibrate_run(
     kept = {key: getattr(own, key) for key in ("sampler", "momentum", "batch_size", "n_chains", "canonicalize")}
     trajectory, suspicious = load_trajectory(directory, split), directory.suspicious()
     trusted = tuple(row for row in trajectory.metrics if row.step not in suspicious)
+    if changes.get("sampler", own.sampler) not in MOVING:
+        kept["momentum"] = 0.0  # of another sampler
     found = calibrate(
         replace(trajectory, metrics=trusted), sampled_examples(config, split), seed=config.seed, components=components,
         like=own, n_checkpoints=n_checkpoints, n_workers=n_workers or cpu_count(), progress=progress,

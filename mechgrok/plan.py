@@ -10,6 +10,7 @@ from mechgrok.llc.curve import Unit, assemble_curve
 from mechgrok.llc.problem import check_batch_size
 from mechgrok.model import build_model
 from mechgrok.tasks import make_split
+from mechgrok.train import planned_steps
 from mechgrok.types import Examples, LLCCurve, LLCEstimate, Split
 
 
@@ -27,9 +28,25 @@ def component_names(config: RunConfig, split: Split) -> tuple[str, ...]:
 
 
 def check_data(config: RunConfig, split: Split) -> None:
-    """Raises ConfigError, before any work, for a batch larger than the data and for a distribution not there."""
-    each = [config.llc.sampling_of(name) for name in component_names(config, split)]
-    for sampling in each:
+    """Raises ConfigError, before any work, for a batch larger than the data and for a distribution not there.
+
+    Also for settings that change nothing of this study: more examples than there are, an interval longer than the
+    trajectory, settings for components that are not followed.
+    """
+    llc, n_train, n_checkpoints = config.llc, len(split.train), len(planned_steps(config.train))
+    if (llc.n_examples or 0) > n_train:
+        raise ConfigError(
+            f"llc.n_examples {llc.n_examples} exceeds the {n_train} training examples; leave it out to use all of them"
+        )
+    intervals = {"llc.checks_every": llc.checks_every}
+    intervals |= {f"every of refinement {one.distribution!r}": one.every for one in llc.refinements}
+    for key, every in intervals.items():
+        if every > n_checkpoints:
+            raise ConfigError(f"{key} is {every} and there are {n_checkpoints} checkpoints; lower it")
+    followed = {*component_names(config, split)}.union(*(refined_names(config, split, one) for one in llc.refinements))
+    if llc.head_sampling is not None and followed == {"model"}:
+        raise ConfigError("llc.head_sampling is for other components than the model, and none is followed; remove it")
+    for sampling in map(llc.sampling_of, followed):
         check_batch_size(sampling, len(sampled_examples(config, split)))
     # llc.nc, the data that a reference model makes, and what other curves are called in report.json
     taken = {"llc", REFERENCE, "main", "control", "finer"} & split.distributions.keys()

@@ -23,6 +23,7 @@ PACKAGES = (
     "safetensors",
     "circuitsvis",
 )
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def made_with() -> dict[str, str]:
@@ -39,10 +40,12 @@ def reproducible(n_threads: int) -> Iterator[None]:
     which training then amplifies. A kernel that has no deterministic form raises RuntimeError. One thread also takes
     denormals as zero; of several torch would tell but the first, so that bits would hang on who computes what.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products refuse to be deterministic
+    workspace = os.environ.get(WORKSPACE)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # without it CUDA's products refuse to be deterministic
     torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(True)
     # torch would write NaN into whatever is allocated before it is computed: a tenth of the time of a sampling step.
@@ -52,8 +55,10 @@ def reproducible(n_threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         memory.fill_uninitialized_memory = filled
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 @contextmanager

@@ -349,7 +349,7 @@ def _read_config(path: Path) -> RunConfig:
         text = (path / CONFIG).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise RunDirectoryError(f"{path} is not a mechgrok run: cannot read its config.toml ({error})") from None
-    return parse_config(text, str(path / CONFIG))
+    return parse_config(text, str(path / CONFIG), stored=True)
 
 
 def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 import math
 import os.path
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 MAX_P = 1000
 PRIMES = tuple(p for p in range(5, MAX_P + 1) if all(p % k for k in range(2, int(p**0.5) + 1)))
@@ -14,7 +15,7 @@ MAX_CONTEXT = 2**16
 LARGEST = 1e18  # float32 holds its square too
 STANDARD_LIBRARY = ("code", "prose")
 SMALLEST_VOCABULARY = 257
-
+STORED = "stored"  # the context in which the settings of a run that is there already are read
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -27,6 +28,36 @@ class Settings(BaseModel):
     """Frozen, no unknown keys, no NaN or infinity, no silent conversions between kinds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    def acts(self) -> Mapping[str, tuple[bool, str]]:
+        """Of each setting that not every choice of the others lets act: whether it does here, and where it would."""
+        return {}
+
+    def refuse_idle(self, acts: Mapping[str, tuple[bool, str]]) -> None:
+        """Raise ValueError for a setting that does not act and yet is not at its default.
+
+        At its default it is no mistake, as the file that a run writes states every setting.
+        """
+        for key, (here, where) in acts.items():
+            if not here and getattr(self, key) != self.default(key):
+                raise ValueError(
+                    f"{key} = {getattr(self, key)!r} changes nothing, as it acts {where} only; leave it out"
+                )
+
+    @model_validator(mode="after")
+    def _every_setting_acts(self, info: ValidationInfo) -> Self:
+        if info.context != STORED:
+            self.refuse_idle(self.acts())
+        return self
+
+    def without_idle(self) -> Self:
+        """The same with every setting that does not act at its default."""
+        return self.model_copy(update={key: self.default(key) for key, (here, _) in self.acts().items() if not here})
+
+    @classmethod
+    def default(cls, key: str) -> Any:
+        """What a setting is where it is not stated."""
+        return cls.model_fields[key].default
 
 
 class ModularAdditionConfig(Settings):
@@ -212,6 +243,9 @@ class DatasetConfig(Settings):
     @classmethod
     def _local_paths_are_absolute(cls, path: str) -> str:
         return _absolute(path) if path[:1] in (".", "~") else path
+
+    def acts(self) -> Mapping[str, tuple[bool, str]]:
+        return {"revision": (not self.is_local, "on a dataset of the Hub")}
 
     @property
     def is_local(self) -> bool:

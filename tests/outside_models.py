@@ -37,7 +37,9 @@ def outside_config(model: ModelConfig, steps: tuple[int, ...] = STEPS, **changes
     """The settings of an imported run on a tiny planted language."""
     base = tiny_config(**changes).model_dump()
     train = {"source": "imported", "checkpoints": steps}
-    return RunConfig.model_validate(base | {"task": TASK, "train": train, "model": model.model_dump()})
+    return RunConfig.model_validate(
+        base | {"task": TASK, "train": train, "model": model.model_dump(exclude={"init_std"})}
+    )
 
 
 SPLIT = make_split(outside_config(tiny_config().model).task, 0)

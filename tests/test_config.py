@@ -6,6 +6,7 @@ from mechgrok import LLCConfig
 from mechgrok.config import load_config, parse_config, preset_names
 from mechgrok.errors import ConfigError
 from tests.oracles import tiny_config
+from tests.planted import language_run_config
 
 TOML = tiny_config().to_toml()
 TASKS = "modular-addition, planted-language, text, hugging-face"
@@ -104,7 +105,9 @@ def test_llc_config_built_by_hand_raises_our_error() -> None:
 
 
 def test_chains_and_draws_are_bounded_together() -> None:
-    with pytest.raises(ConfigError, match=r"^LLCConfig: n_chains \* n_draws is at most 10\^9, got 101 \* 10000000;"):
+    with pytest.raises(
+        ConfigError, match=r"^LLCConfig: n_chains \* n_draws must be at most 10\^9, got 101 \* 10000000;"
+    ):
         LLCConfig(nbeta=1.0, step_size=1e-3, localization=1.0, n_chains=101, n_draws=10**7)
 
 
@@ -127,3 +130,27 @@ def test_a_calibration_of_a_run_without_localization_gives_a_config() -> None:
     found = free.with_sampling(tiny_config().llc.sampling)
     assert (found.llc.sampling.localization, found.llc.control_localization) == (200.0, 400.0)
     assert parse_config(found.to_toml(), "calibrated.toml") == found
+
+
+def test_a_run_that_is_there_already_is_read_whatever_its_settings_do() -> None:
+    """What an older version let pass stays readable, under the digest that it has."""
+    idle = TOML.replace("momentum = 0.0", "momentum = 0.9").replace("eps = 1e-05", "eps = 1e-3")
+    assert idle.count("0.9\n") == 1 and "eps = 1e-3" in idle
+    with pytest.raises(ConfigError, match="my.toml: model: eps = 0.001 changes nothing, as it acts in a normalization"):
+        parse_config(idle, "my.toml")
+    found = parse_config(idle, "my.toml", stored=True)
+    assert found.llc.sampling.momentum == 0.9 and found.model.eps == 1e-3
+    assert parse_config(found.to_toml(), "again", stored=True).digest() == found.digest() != tiny_config().digest()
+
+
+def test_digests_stay_what_they_are() -> None:
+    """A run directory of an older version belongs to the same settings: these were computed before any was refused."""
+    assert tiny_config().digest() == "7dc7f037e1183cf4027610d3afd1d094e8e9d0e43dcb66d8643458d935a3d1b2"
+    assert language_run_config().digest() == "dcd8e436add1e1933f6770468b7eb76fa1f8007da5c52e99de2ccfdd0d647de6"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_nothing_in_a_preset_is_idle(name: str) -> None:
+    config = load_config(name)
+    for settings in (config.model, *config.llc.each_sampling.values()):
+        assert settings.without_idle() == settings

@@ -114,7 +114,8 @@ def test_a_run_of_imported_checkpoints_is_the_run_that_was_trained(tmp_path: Pat
     for step, model in study.trajectory:
         save_file(model.state_dict(), folder / f"step-{step}.safetensors")
     train = {"source": "imported", "checkpoints": study.trajectory.steps}
-    config = RunConfig.model_validate(trained.model_dump() | {"train": train})
+    model = trained.model.model_dump(exclude={"init_std"})  # which an import has no use for
+    config = RunConfig.model_validate(trained.model_dump() | {"train": train, "model": model})
     (tmp_path / "my.toml").write_text(config.to_toml())
     assert "test accuracy" in call("import", folder, "--config", tmp_path / "my.toml", "--out", out)
     assert call("run", out / "config.toml", "--out", out, "--workers", 1).strip().endswith("report.html")

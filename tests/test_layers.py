@@ -15,6 +15,8 @@ LAYERS = [
         "errors",
         "seeds",
         "task_config",
+        "llc_config",
+        "setting_errors",
         "toml_values",
         "config",
         "reproducible",

@@ -1,4 +1,5 @@
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,16 +73,28 @@ def test_training_twice_gives_the_same_bits_on_any_number_of_threads(n_threads: 
         assert all(torch.equal(other[name], finals[0][name]) for name in other)
 
 
-def test_reproducible_restores_what_was_set_even_after_an_error() -> None:
-    def state() -> tuple[int, bool, bool]:
+@pytest.mark.parametrize("own", [None, ":16:8"])
+@pytest.mark.parametrize("warns", [False, True])
+def test_reproducible_restores_what_was_set_even_after_an_error(
+    own: str | None, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state() -> tuple[int, bool, bool, bool, str | None]:
         fills = torch.utils.deterministic.fill_uninitialized_memory
-        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), fills
+        how = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.get_num_threads(), *how, fills, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
-    before = state()
-    with pytest.raises(KeyError), reproducible(2):
-        assert state() == (2, True, False)
-        raise KeyError
-    assert state() == before
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if own is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", own)
+    torch.use_deterministic_algorithms(warns, warn_only=warns)
+    try:
+        before = state()
+        with pytest.raises(KeyError), reproducible(2):
+            assert state() == (2, True, False, False, own or ":4096:8")
+            raise KeyError
+        assert state() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def takes_denormals_as_zero() -> list[bool]:

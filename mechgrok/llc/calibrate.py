@@ -28,6 +28,7 @@ from mechgrok.calibration import Calibration, Cell, Trial
 from mechgrok.config import LLCConfig, SamplerName
 from mechgrok.errors import ConfigError
 from mechgrok.llc.estimate import as_set, estimate_problem
+from mechgrok.llc.precision import say_if_idle
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.llc.step_size import allowed_step_size, sharpness
 from mechgrok.llc.work import estimate_work, loops_pay
@@ -49,8 +50,10 @@ MAX_CANDIDATES = 3
 SMALL = 0.2  # of the largest LLC among the cases
 SETTLED_R_HAT = 1.3
 N_DRAWS = 100
+N_CHECKPOINTS = 3
 MAX_DOUBLINGS = 2
-KEPT = ("rmsprop_decay", "rmsprop_stability", "precision", "device", "memory_gb")
+KEPT = ("precision", "device", "memory_gb")
+RMSPROP = ("rmsprop_decay", "rmsprop_stability")
 MALA_EXAMPLES = 5000  # beyond which full gradients are not affordable for a witness
 
 
@@ -86,7 +89,7 @@ def calibrate(
     n_chains: int = 4,
     canonicalize: bool = False,
     like: LLCConfig | None = None,
-    n_checkpoints: int = 3,
+    n_checkpoints: int | None = None,
     loss_fn: LossFn | None = None,
     chance_loss: float | None = None,
     nbetas: Sequence[float] = NBETAS,
@@ -98,17 +101,21 @@ def calibrate(
 
     Args:
         models: a Trajectory, of which the sharpest checkpoint, the last, and others in between on
-            log steps are used, n_checkpoints in all; or (step, model) pairs, all of which are used.
+            log steps are used, n_checkpoints in all (None: 3, or all if there are fewer); or (step, model) pairs,
+            all of which are used.
         data, components, loss_fn, chance_loss: as `estimate_llc` has them.
         sampler, momentum, batch_size, n_chains, canonicalize: kept in the recommended setting.
-        like: of its settings those that are said nowhere else are kept too: device, precision, memory, rmsprop's.
+        like: of its settings those that are said nowhere else are kept too: device, precision, memory, and rmsprop's
+            for that sampler.
         n_workers: processes; the result does not depend on it.
 
     Raises:
         ComponentError, ConfigError, ShapeError: before any sampling.
     """
-
-    others = {} if like is None else {key: getattr(like, key) for key in KEPT}
+    if like is not None and like.engine != "mechgrok":
+        raise ConfigError("calibration samples with mechgrok's own engine; leave engine out of like")
+    kept = (*KEPT, *RMSPROP) if sampler == "rmsprop_sgld" else KEPT
+    others = {} if like is None else {key: getattr(like, key) for key in kept}
 
     def settings(nbeta: float, localization: float, step_size: float, n_draws: int, n_burnin: int) -> LLCConfig:
         return LLCConfig(
@@ -118,7 +125,12 @@ def calibrate(
         )  # fmt: skip
 
     any_setting = settings(1.0, 1.0, 1.0, N_DRAWS, 0)  # bad settings are refused before any work
-    pairs = _chosen(models, data, n_checkpoints, seed) if isinstance(models, Trajectory) else list(models)
+    if isinstance(models, Trajectory):
+        pairs = _chosen(models, data, n_checkpoints, seed)
+    elif n_checkpoints is not None:
+        raise ConfigError("n_checkpoints chooses from a Trajectory, and all of the pairs given are used; leave it out")
+    else:
+        pairs = list(models)
     if not pairs or not components or not nbetas or not localizations:
         raise ConfigError("nothing to calibrate on; give at least one model, component, nbeta and localization")
     how = {"loss_fn": loss_fn, "chance_loss": chance_loss, **as_set(any_setting)}
@@ -127,6 +139,7 @@ def calibrate(
     how["loops"] = loops
     cases = [_Case(step, make_problem(model, data, one, **how)) for step, model in pairs for one in components]
     check_batch_size(any_setting, len(cases[0].problem.init_losses))
+    say_if_idle(any_setting, cases[0].problem.module, data)
 
     def everywhere(what: str, configs: Sequence[LLCConfig]) -> list[list[Trial]]:
         """Every setting at every case, as [setting][case]."""
@@ -207,16 +220,20 @@ def _parallel(jobs: Sequence[tuple], n_workers: int, what: str, progress: Progre
     return results
 
 
-def _chosen(trajectory: Trajectory, data: Data, n: int, seed: int) -> list[tuple[int, torch.nn.Module]]:
+def _chosen(trajectory: Trajectory, data: Data, asked: int | None, seed: int) -> list[tuple[int, torch.nn.Module]]:
     """The sharpest checkpoint, the last, and the ones that split the log steps between them most evenly."""
+    there = len(trajectory.steps)
+    if asked is not None and not 1 <= asked <= there:
+        raise ConfigError(f"n_checkpoints must lie in 1 ... {there}, the checkpoints there are, got {asked}")
+    n = min(N_CHECKPOINTS, there) if asked is None else asked
     models = [(step, trajectory.model_at(step)) for step in trajectory.steps]
     problems = [make_problem(model, data) for _, model in models]
     curvature = [sharpness(problem.potential, problem.potential.anchor, seed, 6) for problem in problems]
     at = np.log1p([step for step, _ in models])
     picked = list(dict.fromkeys([int(np.argmax(curvature)), len(models) - 1]))
-    while len(picked) < min(n, len(models)):
+    while len(picked) < n:
         picked.append(int(np.argmax(np.abs(at[:, None] - at[picked]).min(axis=1))))
-    return [models[i] for i in sorted(picked[: max(n, 1)])]
+    return [models[i] for i in sorted(picked[:n])]
 
 
 def _troubles(trials: Sequence[Trial]) -> int:

@@ -13,6 +13,7 @@ from mechgrok.components import expand_names
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.estimate import estimate_group
+from mechgrok.llc.precision import say_if_idle
 from mechgrok.llc.problem import groups
 from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import reproducible
@@ -62,6 +63,7 @@ def llc_curve(
                 if any(step == done for done, _, _ in found):
                     raise ShapeError(f"step {step} comes twice in the trajectory; give each step once")
                 names = expand_names(model, components)  # a bad one is refused before any sampling
+                say_if_idle(config, model, examples)
                 for group in groups(model, names):
                     estimates = estimate_group(model, examples, group, config=config, seed=point_seed(seed, step))
                     found |= {(step, one.component, config): one for one in estimates}
@@ -108,6 +110,8 @@ def estimate_units(
     n_threads: torch threads of one job. It is fixed by the caller, not by the machine, because
     the bits of a sum depend on it.
     """
+    for config in dict.fromkeys(config for _, _, config in units if config.precision != "float32"):
+        say_if_idle(config, trajectory.model_at(trajectory.steps[0]), examples)
     work = partial(_estimate_units, trajectory, examples, seed, n_threads, loops)
     for estimates in each_result(work, _jobs(trajectory, units), n_workers, scheduler):
         yield from estimates

@@ -13,6 +13,7 @@ from mechgrok import seeds
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ComponentError, ConfigError, TogetherError
 from mechgrok.llc.bias import step_size_bias
+from mechgrok.llc.precision import say_if_idle
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.reproducible import differentiable, matmul_precision
@@ -76,6 +77,7 @@ def estimate_llc(
         model, data, component, loss_fn=loss_fn, chance_loss=chance_loss, loops=loops, **as_set(config)
     )
     check_batch_size(config, len(problem.init_losses))
+    say_if_idle(config, model, data)
     estimate = estimate_problem(problem, config, seed)
     if not bias:
         return estimate

@@ -9,6 +9,7 @@ import torch
 from mechgrok.config import LLCConfig
 from mechgrok.errors import ConfigError, ShapeError
 from mechgrok.llc.estimate import as_set, check_config, draw, estimates_of
+from mechgrok.llc.precision import say_if_idle
 from mechgrok.llc.problem import ComponentLike, Data, Problem, check_batch_size, make_problem
 from mechgrok.llc.work import estimate_work, loops_pay
 from mechgrok.sampling.potential import LossFn
@@ -70,6 +71,7 @@ def observe(
     loops = loops_pay([estimate_work(model, data, config)], [config])
     problem = make_problem(model, data, component, loss_fn=loss_fn, loops=loops, **as_set(config))
     check_batch_size(config, len(problem.init_losses))
+    say_if_idle(config, model, data)
     if not isinstance(observed, Mapping) or not observed:
         raise ConfigError('nothing to observe; give at least one named set of examples, as in {"test": examples}')
     others = {name: problem.on(examples) for name, examples in observed.items()}

@@ -120,8 +120,11 @@ def make_problem(
             )
         if canonicalize:
             raise ConfigError("canonicalize needs a HookedTransformer with Examples; leave it out for plain tensors")
-        if precision == "float64" or device != "cpu":
-            raise ConfigError("precision and device are for HookedTransformers with Examples; move module and tensors")
+        if precision in ("float64", "int16") or device != "cpu" or memory_gb != MEMORY_GB:
+            raise ConfigError(
+                "memory_gb, device, and precision but bfloat16 are for HookedTransformers with Examples; leave them "
+                "out, and move module and tensors"
+            )
         if path not in ("auto", "module"):
             raise ConfigError(f'path "{path}" is for HookedTransformers with Examples; leave it out for plain tensors')
         if isinstance(component, tuple):

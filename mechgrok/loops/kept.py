@@ -1,6 +1,6 @@
 """How loops are compiled, where the result is kept, and which numbers they take."""
 
-import sys
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -63,10 +63,10 @@ def keeper(*folders: Path) -> Callable[[Callable[..., Any]], Any]:
 
 @cache
 def _say_that_it_takes_time() -> None:
-    """Once a process, on stderr, as nobody waits a minute for nothing."""
-    sys.stderr.write(
+    """Once a process, on stderr where the caller has no log handlers, as nobody waits a minute without a word."""
+    logging.getLogger("mechgrok").warning(
         "mechgrok: compiling loops for this processor; this takes 20 to 100 seconds of one core, and is kept "
-        '(LLCConfig(path="torch") does without)\n'
+        '(LLCConfig(path="torch") does without)'
     )
 
 

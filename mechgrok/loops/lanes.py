@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import types
+from llvmlite import ir
+from numba import config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16
@@ -17,10 +18,23 @@ _BY_LN_2 = 1.4426950408889634
 _ROUNDER = 2**23 + 2**22  # added to this a number loses its fraction, and as a whole one stands in the last bits
 CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
 
-_FEATURES = binding.get_host_cpu_features()
-HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # whether `into_dots` is one instruction here
-_HAS_PERMUTE = bool(_FEATURES.get("avx512f"))
-HAS_AMX = bool(_FEATURES.get("amx-bf16"))  # whether there are faster ones, which torch's products have
+
+def _features() -> set[str]:
+    """What numba compiles for: the features that NUMBA_CPU_FEATURES lists, else those of this processor.
+
+    Where NUMBA_CPU_NAME asks for another processor nothing is assumed of it: loops that do without an instruction run
+    where there is one, and not the other way round.
+    """
+    name, listed = (getattr(config, f"CPU_{what}") for what in ("NAME", "FEATURES"))  # which it sets by their names
+    if listed is None:
+        listed = get_host_cpu_features() if name is None else ""
+    return {feature[1:] for feature in listed.split(",") if feature[:1] == "+"}
+
+
+_FEATURES = _features()
+HAS_VNNI = "avx512vnni" in _FEATURES  # whether `into_dots` is one instruction here
+_HAS_PERMUTE = "avx512f" in _FEATURES
+HAS_AMX = "amx-bf16" in _FEATURES  # whether there are faster ones, which torch's products have
 
 number = np.float32
 LEAST, MOST = number(-87), number(88)  # beyond these `exp` stays where it is, at 1e-38 and 1e38

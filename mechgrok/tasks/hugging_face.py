@@ -62,6 +62,7 @@ def _open_local(source: DatasetConfig) -> Iterable[dict[str, Any]]:
     if path.is_file():
         if path.suffix not in _READERS:
             raise ConfigError(f"cannot tell the format of {path} from its ending; use one of {', '.join(_READERS)}")
+        _refuse(source, "a single file", "config_name", "split")
         return _load(source, _READERS[path.suffix], data_files={source.split: str(path)})
     if not ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         return _load(source, str(path))
@@ -69,10 +70,20 @@ def _open_local(source: DatasetConfig) -> Iterable[dict[str, Any]]:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # of arrow, json, or datasets: there is no common base
         raise ConfigError(f"cannot read the dataset {path} ({_first_line(error)}); save it again") from None
+    _refuse(source, "a dataset that was saved to disk", "config_name")
+    if not isinstance(saved, datasets.DatasetDict) and saved.split is None:
+        _refuse(source, "a dataset that was saved without a split", "split")
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or source.split): saved}
     if source.split not in splits:
         raise ConfigError(f"{path} has no split {source.split!r}; its splits are {', '.join(splits)}")
     return splits[source.split]
+
+
+def _refuse(source: DatasetConfig, what: str, *keys: str) -> None:
+    """Raise ConfigError for a setting that chooses nothing here and is not at its default."""
+    for key in keys:
+        if getattr(source, key) != source.default(key):
+            raise ConfigError(f"{source.path} is {what}, of which {key} chooses nothing; leave {key} out")
 
 
 def _load(source: DatasetConfig, path: str, **options: Any) -> Iterable[dict[str, Any]]:
