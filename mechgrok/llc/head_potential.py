@@ -50,6 +50,7 @@ class HeadPotential:
         gradient = torch.autograd.grad(losses.sum() / index.shape[1], leaf)[0]
         return losses.detach(), gradient
 
+    @differentiable()
     @torch.no_grad()
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
         return self._evaluate(theta, index)

@@ -53,6 +53,7 @@ class Blockwise(ABC):
         assert gradient is not None  # there is a block
         return torch.cat(losses, dim=1), gradient
 
+    @differentiable()
     @torch.no_grad()
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
         found = []

@@ -87,6 +87,7 @@ class ModulePotential:
         each = [self._one(*pair) for pair in zip(theta, index, strict=True)]
         return torch.stack([losses for losses, _ in each]), torch.stack([gradient for _, gradient in each])
 
+    @differentiable()
     @torch.no_grad()
     def losses(self, theta: Tensor, index: Tensor) -> Tensor:
         if self._together:
