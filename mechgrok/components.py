@@ -41,9 +41,11 @@ def component(model: HookedTransformer, name: str) -> Component:
     """The component that `name` means on this model.
 
     Raises:
-        ComponentError: the name is malformed, names what the model lacks, repeats itself, or names
-            a head of a model whose heads share keys and values (grouped-query attention).
+        ComponentError: the model is no HookedTransformer; the name is malformed, names what the model lacks, repeats
+            itself, or names a head of a model whose heads share keys and values (grouped-query attention).
     """
+    if not isinstance(model, HookedTransformer):
+        raise ComponentError(f"names such as {name!r} need a HookedTransformer, got {type(model).__name__}")
     masks: Masks = {}
     parts = name.split("+")
     heads = [(int(head[1]), int(head[2])) for head in map(HEAD_NAME.fullmatch, parts) if head]
