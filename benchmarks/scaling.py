@@ -29,6 +29,9 @@ from mechgrok.reproducible import matmul_precision
 from mechgrok.types import Examples
 
 N_CHAINS, BATCH = 4, 32
+N_HEADS = (4, 8, 16, 32, 64)
+DEEP = {"n_layers": 12, "n_heads": 12, "d_model": 96, "d_head": 8}
+DURATION = 15.0  # seconds by the clock
 
 
 def model(n_heads: int, n_layers: int = 2, d_model: int = 64, d_head: int = 16) -> tuple[HookedTransformer, Examples]:
@@ -147,15 +150,14 @@ def main() -> None:
     target = asked_target()
     start = time.time()
     torch.set_num_threads(1)
-    rows = [row(*model(n_heads=n_heads), 1) for n_heads in (4, 8, 16, 32, 64)]
-    rows += [row(*model(n_heads=n_heads), 0) for n_heads in (4, 16)]
-    deep = {"n_layers": 12, "n_heads": 12, "d_model": 96, "d_head": 8}
-    layers = [row(*model(**deep), layer) for layer in (0, 5, 11)]
+    rows = [row(*model(n_heads=n_heads), 1) for n_heads in N_HEADS]
+    rows += [row(*model(n_heads=n_heads), 0) for n_heads in N_HEADS[:3:2]]
+    layers = [row(*model(**DEEP), layer) for layer in (0, DEEP["n_layers"] // 2 - 1, DEEP["n_layers"] - 1)]
     addition = [row(*SHAPES["modular-addition"].make(0), 0, int(SHAPES["modular-addition"].settings["batch_size"]))]
     paper = [row(*SHAPES["paper"].make(0), layer) for layer in (1, 0)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        alone = sum(pool.map(steps_done, [15.0]))
-        together = sum(pool.map(steps_done, [15.0, 15.0]))
+        alone = sum(pool.map(steps_done, [DURATION]))
+        together = sum(pool.map(steps_done, [DURATION, DURATION]))
     sections = [
         (
             "Heads: 2 layers, attention only, d_model 64, d_head 16, vocabulary 128, context 64, batch 32",
@@ -171,7 +173,7 @@ def main() -> None:
         (SHAPES["paper"].describe, COLUMNS, paper),
         (
             "Processes",
-            ("processes", "steps in 15 s", "times one"),
+            ("processes", f"steps in {DURATION:g} s", "times one"),
             [["1", str(alone), "1"], ["2", str(together), f"{together / alone:.2f}"]],
         ),
     ]

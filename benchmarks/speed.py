@@ -88,11 +88,20 @@ SHAPES = {
         language(5000, 128, 128, n_layers=2, d_model=256, n_heads=8, d_head=32), 2, PUBLISHED, 8, 40, n_times=2,
     ),
 }  # fmt: skip
+TOY = Shape(  # to try the benchmark, not the engines
+    "1 layer, attention only, d_model 8, 2 heads, vocabulary 24, context 8, batch 4",
+    language(24, 8, 32, n_layers=1, d_model=8, n_heads=2, d_head=4), 2, PUBLISHED | {"batch_size": 4}, 8, 8, n_times=1,
+)  # fmt: skip
 ENGINES = (
     "mechgrok", "mechgrok, baoab", "mechgrok, int16", "mechgrok, baoab, int16", "mechgrok, bfloat16", "plain path",
     "canonical-interp", "devinterp",
 )  # fmt: skip
 N_BURNIN = 25
+
+
+def shape_of(name: str) -> Shape:
+    """The shape of this name, the toy among them."""
+    return (SHAPES | {"toy": TOY})[name]
 
 
 def targets(model: HookedTransformer) -> list[str]:
@@ -172,7 +181,7 @@ def in_its_own_process(arguments: list[str]) -> dict[str, float] | None:
 
 
 def table(name: str, engines: list[str]) -> list[list[str]]:
-    shape, rows = SHAPES[name], []
+    shape, rows = shape_of(name), []
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.safetensors")
         model, _ = shape.make(shape.n_train)
@@ -209,7 +218,7 @@ COLUMNS = (
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", help="also write the tables to this Markdown file")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "toy"], default=list(SHAPES))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["mechgrok"], help="beside devinterp")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -217,13 +226,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.row:
         name, target, engine = given.row
-        model, data = SHAPES[name].make(0)
+        model, data = shape_of(name).make(0)
         model.load_state_dict(load_file(given.model))
-        print(json.dumps(measure(SHAPES[name], model, data, target, engine)))
+        print(json.dumps(measure(shape_of(name), model, data, target, engine)))
         return
     start = time.time()
     engines = list(dict.fromkeys([*given.engines, "devinterp"]))
-    tables = [(f"{name}: {SHAPES[name].describe}", COLUMNS, table(name, engines)) for name in given.shapes]
+    tables = [(f"{name}: {shape_of(name).describe}", COLUMNS, table(name, engines)) for name in given.shapes]
     written(tables, __doc__ or "", time.time() - start, given.write)
 
 

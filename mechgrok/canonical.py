@@ -46,7 +46,8 @@ def canonicalize(model: HookedTransformer) -> HookedTransformer:
     a ReLU neuron's W_in against its W_out, nor W_E's mean over d_model, which LayerNorm does not see.
 
     Raises:
-        ConfigError: W_E is zero or not finite, or the steps do not fit a parameter or setting of the model.
+        ConfigError: the model is no HookedTransformer, W_E is zero or not finite, or the steps do not fit a parameter
+            or setting of the model.
 
     Source: ours.
     """
@@ -70,6 +71,8 @@ def canonicalize(model: HookedTransformer) -> HookedTransformer:
 
 
 def _check(model: HookedTransformer) -> None:
+    if not isinstance(model, HookedTransformer):
+        raise ConfigError(f"the canonical gauge is that of a HookedTransformer, got {type(model).__name__}")
     cfg = model.cfg
     wrong = [f"the parameter {name!r}" for name, _ in model.named_parameters() if not _KNOWN.fullmatch(name)]
     if cfg.is_layer_norm_activation():  # a norm inside the MLP

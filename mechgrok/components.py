@@ -40,9 +40,11 @@ def component(model: HookedTransformer, name: str) -> Component:
     """The component that `name` means on this model.
 
     Raises:
-        ComponentError: the name is malformed, names what the model lacks, repeats itself, or names what has no
-            parameters of its own: a head, say, whose W_Q is that of another layer, or is made of something else.
+        ComponentError: the model is no HookedTransformer; the name is malformed, names what the model lacks, repeats
+            itself, or names what has no parameters of its own: a head, say, whose W_Q is that of another layer.
     """
+    if not isinstance(model, HookedTransformer):
+        raise ComponentError(f"names such as {name!r} need a HookedTransformer, got {type(model).__name__}")
     masks: Masks = {}
     parts = name.split("+")
     heads = [(int(head[1]), int(head[2])) for head in map(HEAD_NAME.fullmatch, parts) if head]

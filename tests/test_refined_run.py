@@ -109,7 +109,7 @@ def test_refinements_and_checks_leave_the_curve_on_the_training_data_alone(
     language_run: tuple[Path, Study], tmp_path: Path
 ) -> None:
     plain = language_run_config(
-        train={"n_checkpoints": None, "checkpoints": (0, 40)}, llc={"refinements": (), "checks_every": 4}
+        train={"n_checkpoints": None, "checkpoints": (0, 40)}, llc={"refinements": (), "checks_every": 2}
     )
     curve = pipeline.run(plain, tmp_path / "run", n_workers=1).curve
     np.testing.assert_array_equal(curve.llc, language_run[1].curve.llc[:, [0, -1]])

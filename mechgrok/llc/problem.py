@@ -175,6 +175,11 @@ def _hooked(
 
     if not isinstance(model, HookedTransformer):
         raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
+    if model.tokenizer is not None and model.tokenizer.padding_side == "left":
+        raise ConfigError(
+            "the model's tokenizer pads on the left, where TransformerLens masks tokens and moves positions by row; "
+            'give rows that are padded on the right, and set model.tokenizer.padding_side = "right"'
+        )
     for values, size, what in (
         (examples.tokens, model.cfg.d_vocab, "tokens"),
         (examples.targets, model.cfg.d_vocab_out, "targets"),
