@@ -110,6 +110,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_loses_nothing(
         ("run", toml("wd.toml", "weight_decay = 1.0", "weight_decay = 2.0"), "--out", path): "another configuration",
         ("run", config, "--out", broken): "is truncated",
         ("stages", broken): "is truncated",
+        ("import", path, "--init", "--out", tmp_path / "i"): "--init writes no run, so leave --out out",
         ("stages", tmp_path): "is not a mechgrok run",
         ("analyse", path, "forier"): "unknown analysis 'forier'",
         ("check", path): "give either --against",

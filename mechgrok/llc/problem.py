@@ -177,7 +177,7 @@ def _hooked(
         raise ConfigError(f"Examples go with a HookedTransformer, got {type(model).__name__}; pass tensors and loss_fn")
     if model.tokenizer is not None and model.tokenizer.padding_side == "left":
         raise ConfigError(
-            "the model's tokenizer pads on the left, where TransformerLens masks tokens and moves positions by row; "
+            "the model's tokenizer pads on the left, where TransformerLens masks and shifts each row by its padding; "
             'give rows that are padded on the right, and set model.tokenizer.padding_side = "right"'
         )
     for values, size, what in (

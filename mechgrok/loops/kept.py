@@ -98,7 +98,7 @@ class _Overloads(NullCache):
             self._of(signature, compiled.codegen).save_overload(signature, compiled)
 
     def _of(self, signature: Any, codegen: Any) -> Any:
-        key = repr((signature, codegen.magic_tuple(), numba_version))
+        key = repr((signature, codegen.magic_tuple(), numba_version, bool(numba_settings.BOUNDSCHECK)))
         folder = self._place / sha256(key.encode()).hexdigest()[:16]
         before, numba_settings.CACHE_DIR = numba_settings.CACHE_DIR, str(folder)  # one thread compiles at a time
         try:

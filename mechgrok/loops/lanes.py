@@ -19,13 +19,16 @@ _ROUNDER = 2**23 + 2**22  # added to this a number loses its fraction, and as a 
 CONTRACT = ["contract"]  # a * b + c may be one operation, rounded once
 
 
+numba_settings: Any = config  # which sets what it holds by their names
+
+
 def _features() -> set[str]:
     """What numba compiles for: the features that NUMBA_CPU_FEATURES lists, else those of this processor.
 
     Where NUMBA_CPU_NAME asks for another processor nothing is assumed of it: loops that do without an instruction run
     where there is one, and not the other way round.
     """
-    name, listed = (getattr(config, f"CPU_{what}") for what in ("NAME", "FEATURES"))  # which it sets by their names
+    name, listed = numba_settings.CPU_NAME, numba_settings.CPU_FEATURES
     if listed is None:
         listed = get_host_cpu_features() if name is None else ""
     return {feature[1:] for feature in listed.split(",") if feature[:1] == "+"}
@@ -35,6 +38,9 @@ _FEATURES = _features()
 HAS_VNNI = "avx512vnni" in _FEATURES  # whether `into_dots` is one instruction here
 _HAS_PERMUTE = "avx512f" in _FEATURES
 HAS_AMX = "amx-bf16" in _FEATURES  # whether there are faster ones, which torch's products have
+
+CHECKED = bool(numba_settings.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: for tests, as it is slow
+_SIZES: dict[ir.Value, ir.Value] = {}  # of arrays that operations are given, by where they begin
 
 number = np.float32
 LEAST, MOST = number(-87), number(88)  # beyond these `exp` stays where it is, at 1e-38 and 1e38
@@ -62,10 +68,15 @@ def operation(result: types.Type) -> Callable[[Callable[..., Any]], Any]:
     def decorate(emit: Callable[..., Any]) -> Any:
         def typed(_typing: Any, *kinds: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-                given = [
-                    context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
-                    for kind, value in zip(signature.args, values, strict=True)
-                ]
+                given = []
+                for kind, value in zip(signature.args, values, strict=True):
+                    if not isinstance(kind, types.Array):
+                        given.append(value)
+                        continue
+                    array = context.make_array(kind)(context, builder, value)
+                    given.append(data := array.data)
+                    if CHECKED:
+                        _SIZES[data] = array.nitems
                 made = emit(builder, *given)
                 return context.get_dummy_value() if result is types.void else made
 
@@ -106,6 +117,18 @@ def address(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
     return builder.bitcast(builder.gep(array, [at]), FLOATS.as_pointer())
 
 
+def guard(builder: ir.IRBuilder, array: ir.Value, at: ir.Value, n: ir.Value) -> None:
+    """Stop the process if any of the n lanes from `at` on lies beyond the array, where numba checks bounds: numba itself
+    does so of single numbers alone.
+    """
+    if not CHECKED:
+        return
+    last = builder.add(at, builder.select(builder.icmp_signed("<", n, n.type(WIDTH)), n, n.type(WIDTH)))
+    outside = builder.or_(builder.icmp_signed("<", at, at.type(0)), builder.icmp_signed(">", last, _SIZES[array]))
+    with builder.if_then(builder.and_(builder.icmp_signed(">", n, n.type(0)), outside)):
+        call(builder, "trap", ir.VoidType())
+
+
 def call(builder: ir.IRBuilder, name: str, result: Any, *args: ir.Value, **flags: Any) -> ir.Value:
     """One of LLVM's own functions."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
@@ -120,6 +143,7 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 @operation(lanes)
 def load(builder, array, at, n, other):
     """The n numbers of a one-dimensional array from `at` on, and `other` in the lanes left, which are not read."""
+    guard(builder, array, at, n)
     given = (address(builder, array, at), int32(4), is_first(builder, n), spread_out(builder, other))
     return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
 
@@ -139,6 +163,7 @@ def put_lanes(builder: ir.IRBuilder, x: ir.Value, place: ir.Value, n: ir.Value) 
 @operation(types.void)
 def store(builder, array, at, n, x):
     """Write the first n lanes of x to a one-dimensional array from `at` on."""
+    guard(builder, array, at, n)
     put_lanes(builder, x, address(builder, array, at), n)
 
 
@@ -157,7 +182,9 @@ def turn(builder, x, at, row, n_rows, n, out, to):
     for lane in range(WIDTH):
         own = n_rows.type(lane)
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
-        place = address(builder, x, builder.add(at, builder.mul(own, row)))
+        begin = builder.add(at, builder.mul(own, row))
+        guard(builder, x, begin, n)
+        place = address(builder, x, begin)
         given = (place, int32(4), is_first(builder, n), constant(0))
         rows.append(call(builder, "masked.load.v16f32.p0", FLOATS, *given))
     for step in (1, 2, 4, 8):  # of each two rows, swap what lies off the diagonal of each square of twice the step
@@ -171,7 +198,9 @@ def turn(builder, x, at, row, n_rows, n, out, to):
                 )
     for d, each in enumerate(rows):
         with builder.if_then(builder.icmp_signed("<", n.type(d), n)):
-            builder.store(each, address(builder, out, builder.add(to, n.type(WIDTH * d))), align=4)
+            place = builder.add(to, n.type(WIDTH * d))
+            guard(builder, out, place, n.type(WIDTH))
+            builder.store(each, address(builder, out, place), align=4)
 
 
 @operation(lanes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechgrok.loops.entry import holds
 from mechgrok.loops.kept import OPTIONS, keeper, serves
-from mechgrok.loops.lanes import FLOATS, INTS, WIDTH, address, call, constant, fma, is_first, operation
+from mechgrok.loops.lanes import FLOATS, INTS, WIDTH, address, call, constant, fma, guard, is_first, operation
 
 kept = keeper()
 
@@ -65,20 +65,23 @@ def _twist(builder, words, at):
     """Make sixteen words, 624 after those at `at`."""
 
     def read(ahead: int) -> ir.Value:
-        place = builder.bitcast(address(builder, words, builder.add(at, at.type(ahead))), INTS.as_pointer())
-        return builder.load(place, align=4)
+        begin = builder.add(at, at.type(ahead))
+        guard(builder, words, begin, at.type(WIDTH))
+        return builder.load(builder.bitcast(address(builder, words, begin), INTS.as_pointer()), align=4)
 
     here, following = builder.and_(read(0), constant(1 << 31, INTS)), builder.and_(read(1), constant(2**31 - 1, INTS))
     both = builder.or_(here, following)
     odd = builder.sub(constant(0, INTS), builder.and_(both, constant(1, INTS)))  # all bits, or none
     new = builder.xor(read(FAR), builder.lshr(both, constant(1, INTS)))
     new = builder.xor(new, builder.and_(odd, constant(0x9908B0DF, INTS)))
-    place = builder.bitcast(address(builder, words, builder.add(at, at.type(WORDS))), INTS.as_pointer())
-    builder.store(new, place, align=4)
+    begin = builder.add(at, at.type(WORDS))
+    guard(builder, words, begin, at.type(WIDTH))
+    builder.store(new, builder.bitcast(address(builder, words, begin), INTS.as_pointer()), align=4)
 
 
 def _tempered(builder: ir.IRBuilder, words: ir.Value, at: ir.Value) -> ir.Value:
     """Sixteen words as they are given out, modulo 2^24."""
+    guard(builder, words, at, at.type(WIDTH))
     x = builder.load(builder.bitcast(address(builder, words, at), INTS.as_pointer()), align=4)
     x = builder.xor(x, builder.lshr(x, constant(11, INTS)))
     for by, mask in ((7, 0x9D2C5680), (15, 0xEFC60000)):
@@ -143,8 +146,9 @@ def _box_muller(builder, words, at, out, to, n):
     length = call(builder, "sqrt.v16f32", FLOATS, builder.fmul(log, constant(-2)))
     found = [builder.fmul(length, part) for part in _circle(builder, angles)]
     for place, which in enumerate(halves):
-        there = is_first(builder, builder.sub(n, n.type(place * WIDTH)))
-        goes = address(builder, out, builder.add(to, to.type(place * WIDTH)))
+        left, begin = builder.sub(n, n.type(place * WIDTH)), builder.add(to, to.type(place * WIDTH))
+        guard(builder, out, begin, left)
+        there, goes = is_first(builder, left), address(builder, out, begin)
         given = (builder.shuffle_vector(*found, which), goes, ir.Constant(ir.IntType(32), 4), there)
         call(builder, "masked.store.v16f32.p0", ir.VoidType(), *given)
 

@@ -16,6 +16,7 @@ from mechgrok.loops.lanes import (
     call,
     constant,
     fma,
+    guard,
     int32,
     into_dots,
     is_first,
@@ -70,12 +71,12 @@ def tile(terms: Terms, n_rows: int, n_groups: int, strides: tuple[int, int] | No
         with builder.if_then(add):
             for cell in cells:
                 place = builder.add(places[cell], since)
-                builder.store(_masked(builder, out, place, there[cell[1]]), before[cell])
+                builder.store(_masked(builder, out, place, there[cell[1]], left[cell[1]]), before[cell])
 
         def lanes_of(term: ir.Value) -> list[ir.Value]:
             begin = _along(builder, of, x_term, term)
             places = (_along(builder, begin, x_group, group) for group in range(n_groups))
-            return [_masked(builder, x, place, mask) for place, mask in zip(places, there, strict=True)]
+            return [_masked(builder, x, *each) for each in zip(places, there, left, strict=True)]
 
         with cgutils.for_range(builder, n_terms) as term:
             term_at = _along(builder, at, a_term, term.index)
@@ -95,6 +96,7 @@ def tile(terms: Terms, n_rows: int, n_groups: int, strides: tuple[int, int] | No
             for branch, counts in ((whole, [n.type(WIDTH)] * n_groups), (some, left)):
                 with branch:
                     for cell in cells:
+                        guard(builder, out, places[cell], counts[cell[1]])
                         place = address(builder, out, places[cell])
                         put_lanes(builder, builder.load(before[cell]), place, counts[cell[1]])
 
@@ -111,7 +113,13 @@ def rows_of_few_terms(n_groups: int) -> Any:
         there = [is_first(builder, each) for each in left]
         held = [
             [
-                _masked(builder, x, _along(builder, _along(builder, of, x_term, term), x_group, group), there[group])
+                _masked(
+                    builder,
+                    x,
+                    _along(builder, _along(builder, of, x_term, term), x_group, group),
+                    there[group],
+                    left[group],
+                )  # fmt: skip
                 for group in groups
             ]
             for term in range(FEW_TERMS)
@@ -122,13 +130,16 @@ def rows_of_few_terms(n_groups: int) -> Any:
                 start, begin = _along(builder, to, out_row, row.index), _along(builder, at, a_row, row.index)
                 places = [builder.add(start, to.type(group * WIDTH)) for group in groups]
                 sums = [
-                    _masked(builder, out, builder.add(places[group], since), there[group]) if added else constant(0)
+                    _masked(builder, out, builder.add(places[group], since), there[group], left[group])
+                    if added
+                    else constant(0)
                     for group in groups
                 ]
                 for term, of_term in enumerate(held):
                     each = _everywhere(builder, a, builder.add(begin, at.type(term)))
                     sums = [fma(builder, each, of_term[group], sums[group]) for group in groups]
                 for group in groups:
+                    guard(builder, out, places[group], left[group])
                     put_lanes(builder, sums[group], address(builder, out, places[group]), left[group])
 
         with builder.if_else(add) as (adding, making):
@@ -145,12 +156,14 @@ def _along(builder: ir.IRBuilder, start: ir.Value, step: ir.Value, times: int | 
     return builder.add(start, builder.mul(step, step.type(times) if isinstance(times, int) else times))
 
 
-def _masked(builder: ir.IRBuilder, array: ir.Value, place: ir.Value, there: ir.Value) -> ir.Value:
-    """The lanes that are there, and 0 in all others."""
+def _masked(builder: ir.IRBuilder, array: ir.Value, place: ir.Value, there: ir.Value, n: ir.Value) -> ir.Value:
+    """The lanes that are there, the first n, and 0 in all others."""
+    guard(builder, array, place, n)
     given = (address(builder, array, place), int32(4), there, constant(0))
     return call(builder, "masked.load.v16f32.p0", FLOATS, *given)
 
 
 def _everywhere(builder: ir.IRBuilder, array: ir.Value, place: ir.Value) -> ir.Value:
     """One number of an array in all lanes."""
+    guard(builder, array, place, place.type(1))
     return spread_out(builder, builder.load(builder.gep(array, [place])))
