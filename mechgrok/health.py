@@ -37,6 +37,8 @@ class ChainHealth:
     error: nbeta^2 Cov(L(w), g . (w - w*)). On a quadratic that is nbeta^2 localization g' A^-2 g, the slope's own share
     nbeta^2 localization^2 g' A^-3 g, and both are nbeta^2 |g|^2 / localization where the loss is flat along g, and less
     where it is not.
+    start_reasons: those of the reasons that say that w* is no minimum of this data's loss, as is to be expected on
+    other data than the model was trained on.
     top_share: the largest loss of one example at w* as a share of all of them together; lone: that is more than a half,
     more than chance has it, and more than the error bar.
     """
@@ -60,10 +62,16 @@ class ChainHealth:
     sloping: bool = False
     top_share: float = math.nan
     lone: bool = False
+    start_reasons: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
         return not self.reasons
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing speaks against it but that w* is no minimum, which a data-refined LLC need not have."""
+        return set(self.reasons) <= set(self.start_reasons)
 
     @property
     def cautions(self) -> tuple[str, ...]:

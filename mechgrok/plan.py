@@ -114,7 +114,7 @@ def curve_of(
         control=assemble_curve(own, {"model": llc.control}),
         finer=assemble_curve(own, {"model": llc.sampling.halved()}),
         refined={
-            one.distribution: curve(found[one.distribution], refined_names(config, split, one))
+            one.distribution: curve(found[one.distribution], refined_names(config, split, one), elsewhere=True)
             for one in llc.refinements
         },
     )

@@ -212,10 +212,13 @@ class RunDirectory:
             return None
         tensors, metadata = self._read_tensors(path, "estimate")
         record = metadata["estimate"]
-        told = (metadata["sampling"], record["component"], metadata["step"], metadata["data"])
+        # What an older version had no setting for was done as the setting's default has it.
+        sampling = {name: own.default for name, own in LLCConfig.model_fields.items()} | metadata["sampling"]
+        told = (sampling, record["component"], metadata["step"], metadata["data"])
         if told != (config.model_dump(), component, step, data):
             raise CheckpointError(f"{path} holds another estimate than its name says; {_REMEDY}")
-        record["health"]["reasons"] = tuple(record["health"]["reasons"])
+        for reasons in ("reasons", "start_reasons"):
+            record["health"][reasons] = tuple(record["health"].get(reasons, ()))
         try:  # what an older version did not know keeps its default
             health = ChainHealth(**record.pop("health"))
             return LLCEstimate(losses=tensors["losses"].numpy(), config=config, health=health, **record)

@@ -9,6 +9,7 @@ import torch
 
 import mechgrok as mg
 from mechgrok.config import load_config
+from mechgrok.llc.curve import assemble_curve
 from mechgrok.presets import __path__ as presets
 from mechgrok.sampling.motion import unsettled_share
 from mechgrok.sampling.samplers import SAMPLERS, State
@@ -51,7 +52,8 @@ def test_a_sound_estimate_has_no_reason_and_no_caution() -> None:
 
 
 def test_nbeta_zero_pulls_at_nothing() -> None:
-    assert said(estimate(nbeta=0.0), NOTHING, ALONE, W_STAR) == [True, False, False]
+    found = estimate(nbeta=0.0)
+    assert said(found, NOTHING, ALONE, W_STAR) == [True, False, False] and not found.health.sound
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,11 @@ def test_a_slope_that_takes_more_than_it_leaves_is_told(slope: float, below: boo
     assert found.health.descent == pytest.approx(exact, rel=0.35)
     assert said(found, "its slope there takes", "found lower losses") == [below, below]
     assert found.health.healthy != below
+    assert found.health.sound and bool(found.health.start_reasons) == below  # the chains are what they should be
+    on_own, elsewhere = (
+        assemble_curve({(0, "m", found.config): found}, {"m": found.config}, elsewhere=other) for other in (False, True)
+    )
+    assert bool(on_own.healthy[0, 0]) != below and elsewhere.healthy[0, 0]
 
 
 def test_a_slope_that_takes_more_than_the_error_bar_is_minded() -> None:

@@ -151,8 +151,12 @@ def assemble_curve(
     control: LLCCurve | None = None,
     finer: LLCCurve | None = None,
     refined: Mapping[str, LLCCurve] | None = None,
+    elsewhere: bool = False,
 ) -> LLCCurve:
     """A curve from the estimates of all its units; settings: of each component, in the curve's order.
+
+    elsewhere: the data are others than the model was trained on, so that w* need be no minimum of their loss, and an
+    estimate counts as healthy that is `sound`.
 
     Raises ShapeError if there are none.
     """
@@ -168,7 +172,7 @@ def assemble_curve(
         components=tuple(settings),
         llc=grid(lambda e: e.llc),
         std_error=grid(lambda e: e.std_error),
-        healthy=grid(lambda e: e.health.healthy),
+        healthy=grid(lambda e: e.health.sound if elsewhere else e.health.healthy),
         saturated=grid(lambda e: e.health.saturated),
         init_loss=grid(lambda e: e.init_loss)[0],
         llc_variance=grid(lambda e: e.llc_variance),

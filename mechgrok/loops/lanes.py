@@ -118,8 +118,9 @@ def address(builder: ir.IRBuilder, array: ir.Value, at: ir.Value) -> ir.Value:
 
 
 def guard(builder: ir.IRBuilder, array: ir.Value, at: ir.Value, n: ir.Value) -> None:
-    """Stop the process if any of the n lanes from `at` on lies beyond the array, where numba checks bounds: numba itself
-    does so of single numbers alone.
+    """Stop the process if any of the n lanes from `at` on lies beyond the array, where numba checks bounds.
+
+    By itself it checks single numbers alone.
     """
     if not CHECKED:
         return

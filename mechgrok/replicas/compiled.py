@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechgrok.config import Precision
 from mechgrok.loops.entry import below, holds
-from mechgrok.loops.kept import flat
+from mechgrok.loops.kept import flat, serves
 from mechgrok.loops.lanes import HAS_AMX, HAS_VNNI
 from mechgrok.replicas import passes
 from mechgrok.replicas.calls import Call, Heads, Layer
@@ -62,7 +62,7 @@ def why_not(net: Network, precision: Precision = "float32") -> str | None:
     cfg = net.cfg
     largest = max(ROWS, net.n_pos) * max(cfg.d_vocab_out, cfg.n_heads * net.n_pos, cfg.d_mlp or 0)
     if not net.loops:
-        return "not float32 on the CPU, or loops are not wanted"
+        return "loops are not wanted" if serves(net.frozen["embed.W_E"]) else "not float32 on the CPU"
     if precision == "bfloat16" and HAS_AMX:
         return "bfloat16's products are torch's on this processor"
     if cfg.positional_embedding_type not in ("standard", "shortformer"):

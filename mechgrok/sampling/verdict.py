@@ -80,7 +80,7 @@ def health(
         descent=found.descent[0], gradient_variance=found.gradient_variance[0],
         gradient_variance_error=found.gradient_variance[1],
         sloping=not of_the_start and (found.descent[0] - 2 * found.descent[1]) / 2 > 2 * std_error + resolution,
-        top_share=found.top_share, lone=found.lone, reasons=(),
+        top_share=found.top_share, lone=found.lone, reasons=(), start_reasons=of_the_start,
     )  # fmt: skip
     alone = (prior > 0 and surely > (1 - MIN_SHARE) * (prior + 2 * prior_error)) or at_most < MIN_SHARE
     reasons = [
