@@ -44,7 +44,7 @@ regression: .venv/installed
 # Seconds per draw beside devinterp, effective samples of samplers, and how cost grows: over an hour.
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --engines mechgrok "mechgrok, baoab" "mechgrok, int16" \
-		"mechgrok, baoab, int16" --write docs/speed.md
+		"mechgrok, baoab, int16" "mechgrok, torch" "mechgrok, AVX2" --write docs/speed.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.effective --write docs/effective.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --write docs/scaling.md
 

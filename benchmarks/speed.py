@@ -13,10 +13,15 @@ without observables and with one baseline batch.
 its draws cost the same and forget each other faster, with a momentum of .8 for heads. Whole models get none, as batches
 heat their sharpest directions with it. Effective samples are those of the first head alone, of longer chains after a
 burn-in, in which the estimate is made too.
+
+"mechgrok" is the compiled path, "mechgrok, torch" the same without compiled loops, "plain path" the module as it is.
+"AVX2": as on a processor without AVX512, devinterp too (NUMBA_CPU_NAME=haswell, ATEN_CPU_CAPABILITY=avx2 and so on);
+those rows are held against that devinterp.
 """
 
 import argparse
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -37,12 +42,11 @@ import mechgrok as mg
 from benchmarks.canonical_interp import canonical_draws
 from benchmarks.small_models import attention_only, modular_addition, planted_sequences
 from benchmarks.tables import written
-from mechgrok.config import Precision
-from mechgrok.llc.estimate import estimate_group, estimate_problem, estimates_of
+from mechgrok.config import LLCPath, Precision
+from mechgrok.llc.estimate import estimate_group, estimates_of
 from mechgrok.llc.problem import make_problem
 from mechgrok.reproducible import reproducible
-from mechgrok.sampling.potential import ModulePotential
-from mechgrok.types import Examples, LLCEstimate
+from mechgrok.types import Examples
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,14 @@ TOY = Shape(  # to try the benchmark, not the engines
     "1 layer, attention only, d_model 8, 2 heads, vocabulary 24, context 8, batch 4",
     language(24, 8, 32, n_layers=1, d_model=8, n_heads=2, d_head=4), 2, PUBLISHED | {"batch_size": 4}, 8, 8, n_times=1,
 )  # fmt: skip
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}  # fmt: skip
 ENGINES = (
-    "mechgrok", "mechgrok, baoab", "mechgrok, int16", "mechgrok, baoab, int16", "mechgrok, bfloat16", "plain path",
-    "canonical-interp", "devinterp",
+    "mechgrok", "mechgrok, baoab", "mechgrok, int16", "mechgrok, baoab, int16", "mechgrok, bfloat16",
+    "mechgrok, torch", "mechgrok, AVX2", "mechgrok, torch, AVX2", "plain path", "canonical-interp", "devinterp",
+    "devinterp, AVX2",
 )  # fmt: skip
 N_BURNIN = 25
 
@@ -117,14 +126,14 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
         baoab = {"sampler": "baoab", "momentum": 0.0 if target == "model" else 0.8} if "baoab" in engine else {}
         return mg.LLCConfig(
             **shape.settings, n_chains=4, n_draws=n_draws, n_burnin=n_burnin,
-            engine="devinterp" if engine == "devinterp" else "mechgrok",
+            engine="devinterp" if engine.startswith("devinterp") else "mechgrok", path=path_of(engine),
             precision=next((each for each in get_args(Precision) if each in engine), "float32"), **baoab,
         )  # fmt: skip
 
     def seconds(n_draws: int) -> float:
         start = time.process_time()
         with reproducible(1):
-            _estimates(model, data, names, engine, settings(n_draws, n_burnin=0))
+            estimate_group(model, data, names, config=settings(n_draws, n_burnin=0), seed=0)
         return time.process_time() - start
 
     if engine == "canonical-interp":
@@ -137,7 +146,7 @@ def measure(shape: Shape, model: HookedTransformer, data: Examples, target: str,
         least = [min(each) for each in zip(*times, strict=True)]
         per_draw = (least[1] - least[0]) / (4 * shape.n_draws * len(names))
         with reproducible(1):
-            (estimate,) = _estimates(model, data, (first,), engine, settings(shape.n_long))
+            (estimate,) = estimate_group(model, data, (first,), config=settings(shape.n_long), seed=0)
     return {
         "per draw": per_draw,
         "per effective": per_draw * estimate.losses.size / estimate.health.ess,
@@ -159,20 +168,22 @@ def offered(engine: str, target: str) -> bool:
     return engine != "canonical-interp" or target == "model"
 
 
-def _estimates(
-    model: HookedTransformer, data: Examples, names: tuple[str, ...], engine: str, config: mg.LLCConfig
-) -> list[LLCEstimate]:
-    if engine.startswith("mechgrok") or engine == "devinterp":
-        return estimate_group(model, data, names, config=config, seed=0)
-    problem = make_problem(model, data, None if names == ("model",) else names[0])
-    potential = ModulePotential(model, problem.loss_fn, data.tensors, problem.component)
-    plain = type(problem)(**(problem.__dict__ | {"potential": potential}))
-    return [estimate_problem(plain, config, seed=0)]
+def path_of(engine: str) -> LLCPath:
+    """What evaluates the losses; devinterp has its own way."""
+    if engine == "plain path":
+        return "module"
+    return "auto" if engine.startswith("devinterp") else "torch" if "torch" in engine else "compiled"
+
+
+def reference_of(engine: str) -> str:
+    """devinterp on the same processor."""
+    return "devinterp, AVX2" if engine.endswith("AVX2") else "devinterp"
 
 
 def in_its_own_process(arguments: list[str]) -> dict[str, float] | None:
     command = [sys.executable, "-m", "benchmarks.speed", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    processor = AVX2 if any(part.endswith("AVX2") for part in arguments) else {}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | processor)
     if done.returncode == -signal.SIGKILL and "canonical-interp" in arguments:
         return None  # out of memory: it vmaps whole models, and the rest of the table is of use without it
     if done.returncode:
@@ -192,9 +203,9 @@ def table(name: str, engines: list[str]) -> list[list[str]]:
                 for engine in engines
                 if offered(engine, target)
             }
-            theirs = found["devinterp"]
-            assert theirs is not None
             for engine, row in found.items():
+                theirs = found[reference_of(engine)]
+                assert theirs is not None
                 if row is None:
                     rows.append([target, engine, "killed: out of memory", *[""] * (len(COLUMNS) - 3)])
                     continue
@@ -231,7 +242,7 @@ def main() -> None:
         print(json.dumps(measure(shape_of(name), model, data, target, engine)))
         return
     start = time.time()
-    engines = list(dict.fromkeys([*given.engines, "devinterp"]))
+    engines = list(dict.fromkeys([*given.engines, *map(reference_of, given.engines), "devinterp"]))
     tables = [(f"{name}: {shape_of(name).describe}", COLUMNS, table(name, engines)) for name in given.shapes]
     written(tables, __doc__ or "", time.time() - start, given.write)
 
