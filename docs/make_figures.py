@@ -4,16 +4,17 @@ import sys
 from dataclasses import replace
 
 from mechgrok import load_study, plotting
-from mechgrok.stages import smooth
+from mechgrok.stages import MIN_POINTS, smooth, stage_points
 
 
 def main(path: str, name: str = "") -> None:
     """Draw the LLC of the model and of every head, with the stages."""
     study = load_study(path)
-    fit = smooth(study.curve, study.config.stages, seed=study.config.seed)
+    enough = stage_points(study.curve).sum() >= MIN_POINTS
+    fit = smooth(study.curve, study.config.stages, seed=study.config.seed) if enough else None
     curve = replace(study.curve, control=None)
     figures = {
-        "llc": plotting.llc_figure(curve, study.stages, (fit.steps, fit.mean, fit.sd)),
+        "llc": plotting.llc_figure(curve, study.stages, fit and (fit.steps, fit.mean, fit.sd)),
         "heads": plotting.components_figure(curve, study.stages),
     }
     for what, figure in figures.items():

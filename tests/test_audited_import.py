@@ -37,7 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectory, RunCo
     config = tiny_config(**FEW)
     trajectory = pipeline.train_only(config, tmp_path_factory.mktemp("trained") / "run")
     train = {"source": "imported", "checkpoints": trajectory.steps}
-    return trajectory, RunConfig.model_validate(config.model_dump() | {"train": train})
+    model = config.model_dump(exclude={"model": {"init_std"}})["model"]  # which acts on what is trained here alone
+    return trajectory, RunConfig.model_validate(config.model_dump() | {"train": train, "model": model})
 
 
 @pytest.fixture
