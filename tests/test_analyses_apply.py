@@ -39,7 +39,8 @@ MODELS = {
     "rotary": {"positional_embedding_type": "rotary", "n_layers": 2},
     "shortformer": {"positional_embedding_type": "shortformer", "normalization_type": "LN", "n_layers": 2},
     "alibi": {"positional_embedding_type": "alibi", "normalization_type": "LNPre"},
-    "RMS": {"normalization_type": "RMS", "final_rms": True},
+    "RMS": {"normalization_type": "RMS"},
+    "final RMS": {"normalization_type": "LN", "final_rms": True},
     "parallel": {"parallel_attn_mlp": True, "normalization_type": "RMSPre", "n_layers": 2},
     "solu_ln": {"act_fn": "solu_ln"},
 }  # fmt: skip

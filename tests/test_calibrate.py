@@ -123,6 +123,7 @@ def test_gradient_noise_makes_it_take_a_smaller_step_than_it_takes_without() -> 
     assert relative[1] < 0.6 * relative[0]
 
 
+@pytest.mark.long
 def test_the_result_does_not_depend_on_the_number_of_workers() -> None:
     case = reduced_rank_case(3, 3, 2, 1)
     one, two = (

@@ -52,6 +52,7 @@ def test_rmsprop_agrees(tiny_run: tuple) -> None:
     agree(ours, theirs, 0.1)
 
 
+@pytest.mark.long
 def test_a_language_like_model_with_layernorm_agrees_in_full_and_per_head() -> None:
     """Two layers, attention only, every position scored; trained a little on repeated sequences."""
     tokens = torch.randint(1, 12, (64, 6), generator=seeds.stream(0, "tokens"))

@@ -32,6 +32,7 @@ def estimate(**changes) -> mg.LLCEstimate:
 # ---- coverage: many runs, a known answer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("sampler", "momentum"), [("sgld", 0.0), ("baoab", 0.0), ("baoab", 0.8), ("mala", 0.0)])
 def test_the_interval_covers_the_exact_stationary_value_as_often_as_it_promises(sampler: str, momentum: float) -> None:
     """2000 runs of four chains, which `test_chains_draw_the_same_alone_or_among_others` lets run together."""

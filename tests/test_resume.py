@@ -40,6 +40,7 @@ POINTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_run_goes_on_to_the_same_bits(point: str, undisturbed: dict, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(CONFIG.to_toml())

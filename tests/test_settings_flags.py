@@ -43,7 +43,7 @@ class Shell:
         """What a command prints, but for the names of folders, and the bits of the run that it makes."""
         given = dict(arguments)
         command = given.pop("command")
-        if command in ("run", "train", "import") and not {"--out", "--init"} & given.keys():
+        if command in ("run", "train", "import") and not {"--out", "--init", "--audit"} & given.keys():
             self.n_runs += 1
             given["--out"] = self.folder / f"out {self.n_runs}"
         words: list[Any] = []
@@ -83,6 +83,11 @@ class Shell:
             "import config": [flag("--config", self.folder / "fewer.toml", imports)],
             "import out_dir": [flag("--out", self.folder / "brought", imports, "same")],
             "import init": [flag("--init", True, imports, "refused")],
+            "import audit": [
+                flag("--audit", True, imports),
+                flag("--audit", True, imports | {"--out": elsewhere}, "refused"),
+            ],
+            "import expect_loss": [flag("--expect-loss", "0=99", imports, "refused")],
             "llc run_dir": [flag("run", nowhere, llc, "refused")],
             "llc workers": [flag("--workers", 2, llc, "same")],
             "llc scheduler": [flag("--scheduler", "nonsense", llc, "refused")],

@@ -157,7 +157,12 @@ def test_a_model_that_does_not_beat_guessing_has_no_minimum() -> None:
         module = Slope(torch.zeros(8, dtype=torch.float64), CURVATURE, above=by)
         return mg.estimate_llc(module, (X,), loss_fn=slope_loss, config=config(), seed=0, chance_loss=2.5)
 
-    assert said(above(8.3), W_STAR, "by guessing") == [True, True]
+    found = above(8.3)
+    assert said(found, W_STAR, "by guessing") == [True, True]
+    assert found.health.sound and not found.health.healthy  # the chains are what they should be
+    of = {(0, "m", found.config): found}, {"m": found.config}
+    on_own, elsewhere = (assemble_curve(*of, elsewhere=other) for other in (False, True))
+    assert not on_own.healthy[0, 0] and elsewhere.healthy[0, 0]
     assert said(above(2.5), "by guessing") == [True]
     assert above(2.4).health.healthy
 
@@ -172,11 +177,7 @@ def test_a_slope_that_takes_more_than_it_leaves_is_told(slope: float, below: boo
     assert found.health.descent == pytest.approx(exact, rel=0.35)
     assert said(found, "its slope there takes", "found lower losses") == [below, below]
     assert found.health.healthy != below
-    assert found.health.sound and bool(found.health.start_reasons) == below  # the chains are what they should be
-    on_own, elsewhere = (
-        assemble_curve({(0, "m", found.config): found}, {"m": found.config}, elsewhere=other) for other in (False, True)
-    )
-    assert bool(on_own.healthy[0, 0]) != below and elsewhere.healthy[0, 0]
+    assert bool(found.health.start_reasons) == below
 
 
 def test_a_slope_that_takes_more_than_the_error_bar_is_minded() -> None:

@@ -121,8 +121,6 @@ def _fast(asked: Asked) -> Served | str:
         return refusal
     if len(asked.components) > 1 and not asked.are_heads:
         return "only single heads of one layer go together"
-    if any(name not in dict(asked.model.named_parameters()) for one in asked.components for name in one.masks):
-        return "it names a parameter that the model does not list"
     how = asked.memory, asked.precision, asked.loops
     potential: LayerHeads | NetworkPotential
     if asked.are_heads:

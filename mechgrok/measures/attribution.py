@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm, LayerNormPre
 
 from mechgrok.errors import MeasureError
 from mechgrok.measures.needs import check_fits
@@ -47,11 +48,12 @@ def _attributions(model: HookedTransformer, tokens: Tensor, targets: Tensor, une
 
     bias = (model.b_U - model.b_U.mean()).double()[targets]
     direction = unembed.T[targets]  # [example, scored, d_model]
-    if cfg.normalization_type in ("LN", "RMS"):
-        if cfg.normalization_type == "LN":
-            bias = bias + direction @ model.get_parameter("ln_final.b").double()
-        direction = direction * model.get_parameter("ln_final.w").double()
-    if cfg.normalization_type in ("LN", "LNPre"):
+    own = {name: one.double() for name, one in model.named_parameters() if name.startswith("ln_final.")}
+    if "ln_final.b" in own:
+        bias = bias + direction @ own["ln_final.b"]
+    if "ln_final.w" in own:
+        direction = direction * own["ln_final.w"]
+    if isinstance(getattr(model, "ln_final", None), LayerNorm | LayerNormPre):  # with `final_rms` it is none of these
         direction = direction - direction.mean(-1, keepdim=True)
     if cfg.normalization_type is not None:
         direction = direction / cache["ln_final.hook_scale"].double()[:, -n_scored:]
