@@ -88,7 +88,7 @@ def test_accuracy(toy: Toy) -> None:
         )
     )  # fmt: skip
     assert len(found["Case by case"]) == 2 and len(found["By sampler: the cases below 50000 parameters"]) == 7
-    assert len(found["Coverage of the 95 % interval"]) == 16
+    assert len(found["Coverage of the 95 % interval"]) == 20
 
 
 @pytest.mark.long
