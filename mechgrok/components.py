@@ -1,6 +1,7 @@
 """Names to components: "model", "L1", "L1H3", "L0.attn", "L0.mlp", "embed", "unembed", "L0H1+L1H3".
 
-`embed`, the layers and `unembed` partition the parameters; so do a component and its complement.
+`embed`, the layers and `unembed` partition the parameters; so do a component and its complement. A parameter that is in
+two places counts to the first of them, and moves in both.
 A head is its slices of W_Q, W_K, W_V, W_O, b_Q, b_K, b_V; b_O belongs to no head, as all share it. Where heads share
 keys and values (grouped-query attention), these belong to no head either: a head is its W_Q, b_Q and W_O.
 """

@@ -38,7 +38,7 @@ print(estimate.path, time.process_time() - start)
 
 def toy(cache: Path, path: str = "") -> tuple[str, float, str]:
     """(path, CPU seconds, stderr) of a toy's first estimate in a process with an empty cache."""
-    given = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    given = os.environ | {"MECHGROK_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     code = TOY.replace(" PATH", path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
     served, seconds = done.stdout.split()[-2:]

@@ -1,6 +1,6 @@
 """Which potential serves: the fastest that is shown to compute what the module does, for the very component asked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,15 @@ def serve(asked: Asked) -> Served:
             the loss is no function of the parameters that can be differentiated.
     """
     refusals: list[str] = []
-    for paths, attempt in ((("compiled", "torch"), _fast), (("hooks",), _hooks)):
+    attempts: list[tuple[tuple[str, ...], Callable[[Asked], Served | str]]] = [(("compiled", "torch"), _fast)]
+    if asked.path == "hooks" or any(component.heads for component in asked.components):
+        attempts.append((("hooks",), _hooks))
+    for paths, attempt in attempts:
         if asked.path in ("auto", *paths):
             found = attempt(asked)
             if isinstance(found, Served):
                 return Served(found.potential, found.path, "; ".join(refusals) or found.why_not_faster)
-            refusals.append(found)
+            refusals += [found] if found not in refusals else []  # both may have met the same
             if asked.path != "auto":
                 raise ConfigError(f'path "{asked.path}" does not serve {asked.name}: {found}; leave path out')
     if len(asked.components) > 1:
