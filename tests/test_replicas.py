@@ -213,9 +213,11 @@ def test_a_head_among_others_is_estimated_as_alone() -> None:
 @pytest.mark.parametrize("precision", ["int16", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", ["model", "L0H1"])
 def test_precisions_agree_within_the_error(precision: str, name: str) -> None:
-    model = build()
-    plain = mg.estimate_llc(model, examples(model), config=CONFIG, seed=0, component=name)
-    other_config = CONFIG.model_copy(update={"precision": precision})
+    model, compiled = build(), CONFIG.model_copy(update={"path": "compiled"})
+    plain = mg.estimate_llc(model, examples(model), config=compiled, seed=0, component=name)
+    other_config = compiled.model_copy(
+        update={"precision": precision, "path": "auto" if precision == "float64" else "compiled"}
+    )
     other = mg.estimate_llc(model, examples(model), config=other_config, seed=0, component=name)
     # The same noise, so they are much nearer to each other than to the truth; float64 draws other normals.
     assert abs(other.llc - plain.llc) < (4 if precision == "float64" else 0.5) * plain.std_error
