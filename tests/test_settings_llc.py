@@ -51,7 +51,7 @@ def test_a_precision_changes_bits_or_is_said_to_change_none(
         mg.LLCConfig(**SAMPLING | {"precision": one, "path": "compiled"}) for one in ("float32", precision, precision)
     ]
     found = [mg.estimate_llc(model, split.train, config=config, seed=0) for config in each]
-    said = [record.message for record in caplog.records if record.name == "mechgrok"]
+    said = [record.message for record in caplog.records if record.message.startswith("precision ")]
     same = digest(bits(found[0])) == digest(bits(found[1]))
     assert len(said) == same  # once, not for each estimate
     assert all(f'precision "{precision}" changes nothing here: ' in line for line in said)
